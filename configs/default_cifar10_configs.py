@@ -1,0 +1,70 @@
+"""Defaults of the CIFAR-10 experiments; every other default file starts from these."""
+
+import ml_collections
+
+
+def get_default_configs() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.seed = 42
+
+  config.training = training = ml_collections.ConfigDict()
+  training.sde = 'vpsde'
+  training.batch_size = 128  # over all devices
+  training.n_iters = 1300001
+  training.snapshot_freq = 50000  # steps between the checkpoints that are kept
+  training.snapshot_freq_for_preemption = 10000  # steps between the saves that resume starts from
+  training.snapshot_sampling = True  # draw samples with every kept checkpoint
+  training.log_freq = 50
+  training.eval_freq = 100
+  training.n_jitted_steps = 5  # steps in one compiled call; must divide the four frequencies
+  training.continuous = True
+  training.likelihood_weighting = False
+  training.reduce_mean = False  # per-pixel mean of the loss; else half the sum
+
+  config.sampling = sampling = ml_collections.ConfigDict()
+  sampling.method = 'pc'
+  sampling.predictor = 'euler_maruyama'
+  sampling.corrector = 'none'
+  sampling.n_steps_each = 1  # corrector steps after each predictor step
+  sampling.noise_removal = True  # return the mean of the last step
+  sampling.probability_flow = False
+  sampling.snr = 0.16  # signal-to-noise ratio of the corrector
+
+  config.eval = evaluate = ml_collections.ConfigDict()
+  evaluate.begin_ckpt = 9
+  evaluate.end_ckpt = 26
+  evaluate.batch_size = 1024
+  evaluate.enable_sampling = False
+  evaluate.num_samples = 50000
+  evaluate.enable_loss = True
+  evaluate.enable_bpd = False
+  evaluate.bpd_dataset = 'test'
+
+  config.data = data = ml_collections.ConfigDict()
+  data.dataset = 'CIFAR10'
+  data.image_size = 32
+  data.num_channels = 3
+  data.random_flip = True
+  data.centered = False  # scale images to [-1, 1] instead of [0, 1]
+  data.uniform_dequantization = False
+
+  config.model = model = ml_collections.ConfigDict()
+  model.name = 'ncsnpp'
+  model.sigma_min = 0.01
+  model.sigma_max = 50.0
+  model.num_scales = 1000
+  model.beta_min = 0.1
+  model.beta_max = 20.0
+  model.dropout = 0.1
+  model.embedding_type = 'fourier'
+  model.ema_rate = 0.9999
+
+  config.optim = optim = ml_collections.ConfigDict()
+  optim.optimizer = 'Adam'
+  optim.lr = 2e-4
+  optim.beta1 = 0.9
+  optim.eps = 1e-8
+  optim.weight_decay = 0.0
+  optim.warmup = 5000  # steps of linear warm-up
+  optim.grad_clip = 1.0  # largest global norm of the gradient; negative turns clipping off
+  return config

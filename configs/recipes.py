@@ -1,0 +1,66 @@
+"""What the experiments of the paper share: the SDEs' settings and the network families.
+
+An SDE is not one field but several that go together; each of the functions here sets them all.
+"""
+
+import ml_collections
+
+
+def ve(config: ml_collections.ConfigDict) -> None:
+  """The VE SDE: scores divided by sigma, images in [0, 1], PC sampling."""
+  config.training.sde = 'vesde'
+  config.training.reduce_mean = False
+  config.sampling.predictor = 'reverse_diffusion'
+  config.sampling.corrector = 'langevin'
+  config.data.centered = False
+  config.model.scale_by_sigma = True
+  config.model.embedding_type = 'fourier'
+  config.model.ema_rate = 0.999
+
+
+def vp(config: ml_collections.ConfigDict) -> None:
+  """The VP SDE: noise prediction, images in [-1, 1], Euler-Maruyama sampling."""
+  config.training.sde = 'vpsde'
+  config.training.reduce_mean = True
+  config.sampling.predictor = 'euler_maruyama'
+  config.sampling.corrector = 'none'
+  config.data.centered = True
+  config.model.scale_by_sigma = False
+  config.model.embedding_type = 'positional'
+  config.model.ema_rate = 0.9999
+
+
+def subvp(config: ml_collections.ConfigDict) -> None:
+  """The sub-VP SDE, otherwise set as the VP SDE."""
+  vp(config)
+  config.training.sde = 'subvpsde'
+
+
+def ncsnpp(config: ml_collections.ConfigDict) -> None:
+  """NCSN++: BigGAN blocks, FIR resampling, residual input pyramid."""
+  model = config.model
+  model.name = 'ncsnpp'
+  model.normalization = 'GroupNorm'
+  model.nonlinearity = 'swish'
+  model.nf = 128
+  model.ch_mult = (1, 2, 2, 2)
+  model.num_res_blocks = 4
+  model.attn_resolutions = (16,)
+  model.resamp_with_conv = True
+  model.conditional = True
+  model.fir = True
+  model.fir_kernel = (1, 3, 3, 1)
+  model.skip_rescale = True
+  model.resblock_type = 'biggan'
+  model.progressive = 'none'
+  model.progressive_input = 'residual'
+  model.progressive_combine = 'sum'
+  model.init_scale = 0.0
+  model.fourier_scale = 16.0
+
+
+def ddpmpp(config: ml_collections.ConfigDict) -> None:
+  """DDPM++: NCSN++ without FIR resampling and without the input pyramid."""
+  ncsnpp(config)
+  config.model.fir = False
+  config.model.progressive_input = 'none'

@@ -1,0 +1,3 @@
+"""Score networks; `models.utils` is the way in. Importing the package registers those below."""
+
+from models import ncsnpp as ncsnpp

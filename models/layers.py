@@ -1,0 +1,130 @@
+"""Layers that the networks share: initializers, embeddings, convolutions, attention."""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from errors import UserError
+from models import convolution
+
+Activation = Callable[[jax.Array], jax.Array]
+
+_ACTIVATIONS: dict[str, Activation] = {
+  'elu': nn.elu,
+  'relu': nn.relu,
+  'lrelu': functools.partial(nn.leaky_relu, negative_slope=0.2),
+  'swish': nn.swish,
+}
+
+
+def get_act(name: str) -> Activation:
+  """The activation that `model.nonlinearity` names.
+
+  Raises:
+    UserError: for an unknown name.
+  """
+  if name.lower() not in _ACTIVATIONS:
+    raise UserError(
+      f'Unknown model.nonlinearity {name!r}: choose one of {", ".join(_ACTIVATIONS)}.'
+    )
+  return _ACTIVATIONS[name.lower()]
+
+
+def default_init(scale: float = 1.0) -> nn.initializers.Initializer:
+  """DDPM's initializer: uniform, variance `scale` / mean of fan in and out; 0 means almost zero."""
+  return nn.initializers.variance_scaling(scale or 1e-10, 'fan_avg', 'uniform')
+
+
+def conv3x3(features: int, init_scale: float = 1.0, stride: int = 1, **kwargs) -> nn.Conv:
+  """A 3x3 convolution with DDPM's initialization."""
+  return _conv(features, 3, init_scale, strides=(stride, stride), **kwargs)
+
+
+def conv1x1(features: int, init_scale: float = 1.0, **kwargs) -> nn.Conv:
+  """A 1x1 convolution with DDPM's initialization."""
+  return _conv(features, 1, init_scale, **kwargs)
+
+
+def _conv(features: int, size: int, init_scale: float, **kwargs) -> nn.Conv:
+  return nn.Conv(
+    features,
+    (size, size),
+    kernel_init=default_init(init_scale),
+    conv_general_dilated=convolution.conv_general_dilated,
+    **kwargs,
+  )
+
+
+def dense(features: int) -> nn.Dense:
+  """A dense layer with DDPM's initialization."""
+  return nn.Dense(features, kernel_init=default_init())
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+  """Group normalization with at most 32 groups of at least 4 channels."""
+  return nn.GroupNorm(num_groups=min(channels // 4, 32), epsilon=1e-6)
+
+
+class NIN(nn.Module):
+  """A linear map of the channels ("network in network").
+
+  Attributes:
+    features: output channels.
+    init_scale: scale of the initializer.
+  """
+
+  features: int
+  init_scale: float = 0.1
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (x.shape[-1], self.features)
+    W = self.param('W', default_init(self.init_scale), shape)
+    b = self.param('b', nn.initializers.zeros, (self.features,))
+    return jnp.matmul(x, W) + b
+
+
+def get_timestep_embedding(
+  timesteps: jax.Array, embedding_dim: int, max_positions: int = 10000
+) -> jax.Array:
+  """The sinusoidal embedding of Transformers: (B,) to (B, embedding_dim), sines first."""
+  half = embedding_dim // 2
+  frequencies = np.exp(-np.log(max_positions) / (half - 1) * np.arange(half)).astype(np.float32)
+  angles = timesteps[:, None].astype(jnp.float32) * frequencies[None]
+  embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+  return jnp.pad(embedding, ((0, 0), (0, embedding_dim % 2)))
+
+
+class GaussianFourierProjection(nn.Module):
+  """Random Fourier features of the noise level: (B,) to (B, 2 embedding_size).
+
+  The frequencies are drawn once, stored among the parameters, and never trained.
+
+  Attributes:
+    embedding_size: number of frequencies.
+    scale: their standard deviation.
+  """
+
+  embedding_size: int
+  scale: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    W = self.param('W', nn.initializers.normal(self.scale), (self.embedding_size,))
+    angles = x[:, None] * jax.lax.stop_gradient(W)[None] * 2 * np.pi
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def spatial_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Single-head softmax attention over all pixels; each argument is (B, H, W, C).
+
+  Written as two batched matrix products, which is what every backend does best.
+  """
+  shape = v.shape
+  q, k, v = (a.reshape(a.shape[0], -1, a.shape[-1]) for a in (q, k, v))
+  logits = jnp.matmul(q, k.swapaxes(1, 2)) * shape[-1] ** -0.5
+  return jnp.matmul(jax.nn.softmax(logits, axis=-1), v).reshape(shape)

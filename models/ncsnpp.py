@@ -1,0 +1,210 @@
+"""The NCSN++ and DDPM++ networks (Song et al. 2021, section 4 and appendix H)."""
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from errors import UserError
+from models import layerspp
+from models.layers import GaussianFourierProjection, conv3x3, dense, get_act
+from models.layers import get_timestep_embedding, group_norm
+from models.utils import register_model
+
+_CHOICES = {
+  'resblock_type': ('ddpm', 'biggan'),
+  'embedding_type': ('fourier', 'positional'),
+  'progressive': ('none', 'output_skip', 'residual'),
+  'progressive_input': ('none', 'input_skip', 'residual'),
+  'progressive_combine': ('sum', 'cat'),
+  'normalization': ('GroupNorm',),
+}
+
+
+@register_model(name='ncsnpp')
+class NCSNpp(nn.Module):
+  """A U-Net over residual blocks; DDPM++ is this network without FIR and progressive growing.
+
+  Called with images (B, H, W, C) and conditioning values (B,), it returns an array like the images:
+  the score where `scale_by_sigma`, else the predicted noise.
+
+  Attributes:
+    image_size: height and width.
+    num_channels: image channels.
+    centered: whether images come in [-1, 1]; if not, they are brought there from [0, 1].
+    sigma_min: smallest noise level of the VE SDE (positional embedding with `scale_by_sigma`).
+    sigma_max: largest one.
+    num_scales: number of noise levels.
+    nf: channels at full resolution.
+    ch_mult: their multiples at each resolution, which halves from one to the next.
+    num_res_blocks: residual blocks at each resolution.
+    attn_resolutions: resolutions with self-attention.
+    dropout: dropout rate.
+    resamp_with_conv: convolve when resampling between 'ddpm' blocks.
+    conditional: condition on the time or noise level.
+    fir: resample with the FIR filter.
+    fir_kernel: its taps.
+    skip_rescale: divide sums of two branches by sqrt(2).
+    resblock_type: 'biggan' or 'ddpm'.
+    progressive: how the output is assembled over resolutions: 'none', 'output_skip', 'residual'.
+    progressive_input: how the input enters at each: 'none', 'input_skip', 'residual'.
+    progressive_combine: 'sum' or 'cat' for 'input_skip'.
+    embedding_type: 'fourier' (of the logarithm of a noise level) or 'positional' (of a time step).
+    fourier_scale: standard deviation of the Fourier frequencies.
+    init_scale: scale of the initializer that ends each residual branch.
+    nonlinearity: activation.
+    normalization: 'GroupNorm'.
+    scale_by_sigma: divide the output by the noise level.
+  """
+
+  image_size: int
+  num_channels: int = 3
+  centered: bool = False
+  sigma_min: float = 0.01
+  sigma_max: float = 50.0
+  num_scales: int = 1000
+  nf: int = 128
+  ch_mult: Sequence[int] = (1, 2, 2, 2)
+  num_res_blocks: int = 4
+  attn_resolutions: Sequence[int] = (16,)
+  dropout: float = 0.1
+  resamp_with_conv: bool = True
+  conditional: bool = True
+  fir: bool = True
+  fir_kernel: Sequence[float] = (1, 3, 3, 1)
+  skip_rescale: bool = True
+  resblock_type: str = 'biggan'
+  progressive: str = 'none'
+  progressive_input: str = 'none'
+  progressive_combine: str = 'sum'
+  embedding_type: str = 'positional'
+  fourier_scale: float = 16.0
+  init_scale: float = 0.0
+  nonlinearity: str = 'swish'
+  normalization: str = 'GroupNorm'
+  scale_by_sigma: bool = False
+
+  def check(self) -> None:
+    """Raises `UserError` if the fields do not make a network."""
+    for field, choices in _CHOICES.items():
+      if getattr(self, field).lower() not in [choice.lower() for choice in choices]:
+        raise UserError(
+          f'model.{field}={getattr(self, field)!r} is unknown: choose one of {", ".join(choices)}.'
+        )
+    get_act(self.nonlinearity)
+    halvings = len(self.ch_mult) - 1
+    if self.image_size % 2**halvings:
+      raise UserError(
+        f'data.image_size={self.image_size} cannot be halved {halvings} times, as the '
+        f'{halvings + 1} entries of model.ch_mult={tuple(self.ch_mult)} ask: '
+        f'use a multiple of {2**halvings} or fewer entries.'
+      )
+    if self.nf < 8 or self.nf % 4:
+      raise UserError(f'model.nf={self.nf} must be a multiple of 4 and at least 8.')
+    for channels in {self.nf * m for m in self.ch_mult}:
+      if channels // 4 > 32 and channels % 32:
+        raise UserError(
+          f'model.nf={self.nf} with model.ch_mult={tuple(self.ch_mult)} gives {channels} channels, '
+          f'which 32 normalization groups do not divide: use multiples of 32.'
+        )
+
+  @nn.compact
+  def __call__(self, x: jax.Array, time_cond: jax.Array, train: bool = True) -> jax.Array:
+    act = get_act(self.nonlinearity)
+    rescale = functools.partial(layerspp.add_skip, rescale=self.skip_rescale)
+    fir = {'fir': self.fir, 'fir_kernel': tuple(self.fir_kernel)}
+    common = {
+      'act': act,
+      'dropout': self.dropout,
+      'skip_rescale': self.skip_rescale,
+      'init_scale': self.init_scale,
+    }
+    if self.resblock_type == 'ddpm':
+      block = functools.partial(layerspp.ResnetBlockDDPMpp, **common)
+      conv = {'with_conv': self.resamp_with_conv}
+      halve = lambda h, temb, train: layerspp.Downsample(**fir, **conv)(h)
+      double = lambda h, temb, train: layerspp.Upsample(**fir, **conv)(h)
+    else:
+      block = functools.partial(layerspp.ResnetBlockBigGANpp, **common, **fir)
+      halve = lambda *args: block(down=True)(*args)
+      double = lambda *args: block(up=True)(*args)
+    attention = functools.partial(
+      layerspp.AttnBlockpp, skip_rescale=self.skip_rescale, init_scale=self.init_scale
+    )
+    levels = range(len(self.ch_mult))
+    last = levels[-1]
+
+    temb = self._embed(act, time_cond)
+    if not self.centered:
+      x = 2 * x - 1
+
+    # Down: every feature map is kept for the way up.
+    input_pyramid = x
+    hs = [conv3x3(self.nf)(x)]
+    for level in levels:
+      for _ in range(self.num_res_blocks):
+        h = block(features=self.nf * self.ch_mult[level])(hs[-1], temb, train)
+        if h.shape[1] in self.attn_resolutions:
+          h = attention()(h)
+        hs.append(h)
+      if level != last:
+        h = halve(hs[-1], temb, train)
+        if self.progressive_input == 'input_skip':
+          input_pyramid = layerspp.Downsample(**fir)(input_pyramid)
+          h = layerspp.Combine(self.progressive_combine)(input_pyramid, h)
+        elif self.progressive_input == 'residual':
+          shrink = layerspp.Downsample(features=h.shape[-1], with_conv=True, **fir)
+          h = input_pyramid = rescale(shrink(input_pyramid), h)
+        hs.append(h)
+
+    h = block()(hs[-1], temb, train)
+    h = attention()(h)
+    h = block()(h, temb, train)
+
+    # Up: the output pyramid, where there is one, grows with the features.
+    pyramid = None
+    for level in reversed(levels):
+      for _ in range(self.num_res_blocks + 1):
+        h = jnp.concatenate([h, hs.pop()], axis=-1)
+        h = block(features=self.nf * self.ch_mult[level])(h, temb, train)
+      if h.shape[1] in self.attn_resolutions:
+        h = attention()(h)
+      if self.progressive == 'output_skip':
+        image = conv3x3(self.num_channels, self.init_scale)(act(group_norm(h.shape[-1])(h)))
+        pyramid = image if level == last else layerspp.Upsample(**fir)(pyramid) + image
+      elif self.progressive == 'residual' and level == last:
+        pyramid = conv3x3(h.shape[-1])(act(group_norm(h.shape[-1])(h)))
+      elif self.progressive == 'residual':
+        grow = layerspp.Upsample(features=h.shape[-1], with_conv=True, **fir)
+        h = pyramid = rescale(grow(pyramid), h)
+      if level != 0:
+        h = double(h, temb, train)
+
+    if self.progressive == 'output_skip':
+      h = pyramid
+    else:
+      h = conv3x3(self.num_channels, self.init_scale)(act(group_norm(h.shape[-1])(h)))
+    if self.scale_by_sigma:
+      h = h / self._noise_level(time_cond)[:, None, None, None]
+    return h
+
+  def _embed(self, act, time_cond: jax.Array) -> jax.Array | None:
+    """The time embedding, (B, 4 nf); None for an unconditional network."""
+    if self.embedding_type == 'fourier':
+      temb = GaussianFourierProjection(self.nf, self.fourier_scale)(jnp.log(time_cond))
+    else:
+      temb = get_timestep_embedding(time_cond, self.nf)
+    if not self.conditional:
+      return None
+    temb = dense(self.nf * 4)(temb)
+    return dense(self.nf * 4)(act(temb))
+
+  def _noise_level(self, time_cond: jax.Array) -> jax.Array:
+    """sigma, (B,): the label itself, or the label-th largest of the discrete levels."""
+    if self.embedding_type == 'fourier':
+      return time_cond
+    sigmas = np.geomspace(self.sigma_max, self.sigma_min, self.num_scales, dtype=np.float32)
+    return jnp.asarray(sigmas)[time_cond.astype(jnp.int32)]

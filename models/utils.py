@@ -1,0 +1,115 @@
+"""Registry and construction of networks, and the step from a network to a score."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from registry import Registry
+from sde_lib import SDE, ScoreFn, batch_mul
+
+_MODELS = Registry('model')
+register_model = _MODELS.register
+get_model = _MODELS.get
+
+PyTree = Any
+
+
+def create_model(config: Any) -> nn.Module:
+  """The network that `config.model.name` names, its fields read from the configuration.
+
+  A field is taken from the key of the same name in `config.model`, and `image_size`,
+  `num_channels` and `centered` from `config.data`; others keep their defaults. A network with a
+  method `check()` may refuse its fields there.
+
+  Raises:
+    UserError: for an unknown name, or what `check` finds.
+  """
+  cls = get_model(config.model.name)
+  model = cls(**{key: value for key, value in _settings(config).items() if key in _fields(cls)})
+  if hasattr(model, 'check'):
+    model.check()
+  return model
+
+
+def model_keys(name: str) -> set[str]:
+  """The keys of `config.model` that the network registered as `name` reads."""
+  return _fields(get_model(name))
+
+
+def _fields(cls: type[nn.Module]) -> set[str]:
+  return {field.name for field in dataclasses.fields(cls)} - {'parent', 'name'}
+
+
+def _settings(config: Any) -> dict[str, Any]:
+  data = {key: config.data[key] for key in ('image_size', 'num_channels', 'centered')}
+  return {**data, **config.model}
+
+
+def init_model(rng: jax.Array, config: Any) -> tuple[nn.Module, PyTree, PyTree]:
+  """Builds the configured network and draws its parameters.
+
+  Returns:
+    The module, its mutable collections other than the parameters (often empty), the parameters.
+  """
+  model = create_model(config)
+  params_rng, dropout_rng = jax.random.split(rng)
+  size = config.data.image_size
+  image = jnp.zeros((1, size, size, config.data.num_channels))
+  label = jnp.ones((1,))
+
+  @jax.jit
+  def init():
+    return model.init({'params': params_rng, 'dropout': dropout_rng}, image, label, train=False)
+
+  model_state = dict(init())
+  params = model_state.pop('params')
+  return model, model_state, params
+
+
+def get_model_fn(
+  model: nn.Module, params: PyTree, states: PyTree, train: bool = False
+) -> Callable[..., tuple[jax.Array, PyTree]]:
+  """The network as a function (x, labels, rng=None) -> (output, new model state)."""
+
+  def model_fn(x: jax.Array, labels: jax.Array, rng: jax.Array | None = None):
+    variables = {'params': params, **states}
+    rngs = None if rng is None else {'dropout': rng}
+    if not train:
+      return model.apply(variables, x, labels, train=False, rngs=rngs), states
+    return model.apply(variables, x, labels, train=True, mutable=list(states), rngs=rngs)
+
+  return model_fn
+
+
+def get_score_fn(
+  sde: SDE,
+  model: nn.Module,
+  params: PyTree,
+  states: PyTree,
+  train: bool = False,
+  continuous: bool = False,
+  return_state: bool = False,
+) -> ScoreFn:
+  """The score estimate (x_t, t, rng=None) -> score of a network trained under `sde`.
+
+  Args:
+    sde: gives the label for time t and the factor from network output to score.
+    model: the network.
+    params: its parameters.
+    states: its other collections.
+    train: whether dropout is on; then pass an `rng`.
+    continuous: whether the network was trained on continuous time.
+    return_state: return (score, new model state).
+  """
+  model_fn = get_model_fn(model, params, states, train)
+
+  def score_fn(x: jax.Array, t: jax.Array, rng: jax.Array | None = None):
+    output, new_states = model_fn(x, sde.time_label(t, continuous), rng)
+    score = batch_mul(sde.score_scale(t, continuous), output)
+    return (score, new_states) if return_state else score
+
+  return score_fn

@@ -1,0 +1,50 @@
+"""Recorded values of the reference implementation, and the configurations they belong to."""
+
+import importlib
+import json
+import pathlib
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from tests.golden.fill import fill
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+
+
+def load(name: str) -> dict[str, np.ndarray]:
+  with np.load(GOLDEN / f'{name}.npz') as file:
+    return dict(file)
+
+
+def config_of(recorded: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
+  """The configuration that a network's values were recorded with."""
+  entry = json.loads(str(recorded['config']))
+  module = importlib.import_module('configs.' + entry['config'].replace('/', '.'))
+  config = module.get_config()
+  for key, value in entry['overrides'].items():
+    section, field = key.split('.')
+    config[section][field] = tuple(value) if isinstance(value, list) else value
+  return config
+
+
+def filled_like(params):
+  """The recorded weights, shaped as `params` (arrays or shapes)."""
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  filled = {path: jnp.asarray(fill(path, leaf.shape)) for path, leaf in flat.items()}
+  return flax.traverse_util.unflatten_dict(filled, sep='/')
+
+
+def flatten(tree) -> dict[str, jax.Array]:
+  """Leaves by their path, in the order in which the norms were recorded."""
+  return dict(sorted(flax.traverse_util.flatten_dict(tree, sep='/').items()))
+
+
+def assert_close(actual, expected, relative: float) -> None:
+  """Largest difference at most `relative` times the largest recorded entry."""
+  actual, expected = np.asarray(actual), np.asarray(expected)
+  assert actual.shape == expected.shape
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=relative * np.abs(expected).max())
