@@ -348,8 +348,14 @@ class VESDE(SDE):
 
   @cached_property
   def discrete_sigmas(self) -> np.ndarray:
-    """sigma_i of the SMLD chain, increasing, i = 0...N-1."""
-    return np.geomspace(self.sigma_min, self.sigma_max, self.N, dtype=np.float32)
+    """sigma_i of the SMLD chain, increasing, i = 0...N-1.
+
+    In single precision, as published models were trained and sampled: differences of neighbouring
+    squares amplify its rounding.
+    """
+    with jax.ensure_compile_time_eval():
+      log_sigmas = jnp.linspace(np.log(self.sigma_min), np.log(self.sigma_max), self.N)
+      return np.asarray(jnp.exp(log_sigmas))
 
   def _adjacent_sigmas(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """sigma_i and sigma_{i-1} at time `t`, with sigma_{-1} = 0."""
