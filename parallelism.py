@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 PyTree = Any
@@ -63,3 +64,8 @@ def _replicator():
 
 def _gather(x: jax.Array) -> jax.Array:
   return x if x.is_fully_replicated or jax.process_count() == 1 else _replicator()(x)
+
+
+def any_process(flag: bool) -> bool:
+  """Whether `flag` holds in any process; all of them must ask."""
+  return bool(multihost_utils.process_allgather(np.asarray(flag)).any())

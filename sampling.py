@@ -293,6 +293,15 @@ def _pc_method(config, sde, model, shape, inverse_scaler, eps) -> Sampler:
   )
 
 
+def check(config: Any, sde: SDE) -> None:
+  """Raises `UserError` for names that do not exist or settings that do not go together."""
+  _METHODS.get(config.sampling.method.lower())
+  predictor = get_predictor(config.sampling.predictor.lower())
+  corrector = get_corrector(config.sampling.corrector.lower())
+  predictor(sde, lambda x, t: x, config.sampling.probability_flow)
+  corrector(sde, lambda x, t: x, config.sampling.snr, config.sampling.n_steps_each)
+
+
 def get_sampling_fn(
   config: Any,
   sde: SDE,

@@ -399,6 +399,17 @@ def _check_steps(sde: SDE) -> None:
     raise UserError(f'{type(sde).__name__} needs at least one step, got N={sde.N}.')
 
 
+def sde_fields(name: str) -> dict[str, Any]:
+  """The keys of `config.model` that the SDE registered as `name` reads, with their defaults."""
+  fields = dataclasses.fields(_SDES.get(name.lower()))
+  return {'num_scales' if f.name == 'N' else f.name: default_of(f) for f in fields}
+
+
+def default_of(field: dataclasses.Field) -> Any:
+  """The default of a dataclass field; None where there is none."""
+  return None if field.default is dataclasses.MISSING else field.default
+
+
 def get_sde(config: Any) -> SDE:
   """The SDE that `config.training.sde` names, its fields read from `config.model`.
 
@@ -409,5 +420,5 @@ def get_sde(config: Any) -> SDE:
     UserError: for an unknown name or values that the SDE refuses.
   """
   cls = _SDES.get(config.training.sde.lower())
-  keys = {f.name: 'num_scales' if f.name == 'N' else f.name for f in dataclasses.fields(cls)}
-  return cls(**{name: config.model[key] for name, key in keys.items() if key in config.model})
+  keys = [key for key in sde_fields(config.training.sde) if key in config.model]
+  return cls(**{'N' if key == 'num_scales' else key: config.model[key] for key in keys})

@@ -64,3 +64,31 @@ def ddpmpp(config: ml_collections.ConfigDict) -> None:
   ncsnpp(config)
   config.model.fir = False
   config.model.progressive_input = 'none'
+
+
+def laptop(config: ml_collections.ConfigDict) -> None:
+  """A network and a schedule that two CPU cores train in ten minutes."""
+  training = config.training
+  training.batch_size = 64
+  training.n_iters = 600
+  training.snapshot_freq = 200
+  training.snapshot_freq_for_preemption = 100
+  training.log_freq = 10
+  training.eval_freq = 50
+  training.n_jitted_steps = 5
+
+  model = config.model
+  model.nf = 16
+  model.ch_mult = (1, 2, 4)
+  model.num_res_blocks = 1
+  model.attn_resolutions = (7,)
+  model.dropout = 0.0
+  model.num_scales = 250
+  model.ema_rate = 0.98
+
+  config.optim.lr = 2e-3
+  config.optim.warmup = 50
+
+  config.eval.begin_ckpt = 1
+  config.eval.end_ckpt = 3
+  config.eval.batch_size = 100

@@ -30,22 +30,18 @@ def conv_general_dilated(
 ) -> jax.Array:
   """`jax.lax.conv_general_dilated` for NHWC and HWIO; give it to `flax.linen.Conv`.
 
-  1x1 kernels become matrix products, odd kernels at stride 1 get the gradients of this module, and
-  everything else goes to XLA unchanged.
+  Odd kernels at stride 1 get the gradients of this module, 1x1 kernels as matrix products in both
+  directions; everything else goes to XLA unchanged.
   """
-  size = kernel.shape[:2]
-  dilation = tuple(rhs_dilation or (1, 1))
   plain = (
     padding == 'SAME'
-    and all(n % 2 for n in size)
+    and all(n % 2 for n in kernel.shape[:2])
     and set(window_strides) == {1}
     and set(lhs_dilation or (1,)) == {1}
     and kwargs.get('feature_group_count', 1) == 1
   )
-  if plain and size == (1, 1):
-    return jnp.matmul(x, kernel[0, 0])
   if plain:
-    return _conv(x, kernel, dilation)
+    return _conv(x, kernel, tuple(rhs_dilation or (1, 1)))
   kwargs.setdefault('dimension_numbers', _DIMENSION_NUMBERS)
   return lax.conv_general_dilated(
     x, kernel, window_strides, padding, lhs_dilation, rhs_dilation, **kwargs
@@ -54,6 +50,8 @@ def conv_general_dilated(
 
 def _forward(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax.Array:
   """Convolution at stride 1 with an odd kernel and 'SAME' padding."""
+  if kernel.shape[:2] == (1, 1):
+    return jnp.matmul(x, kernel[0, 0])
   return lax.conv_general_dilated(
     x, kernel, (1, 1), 'SAME', rhs_dilation=dilation, dimension_numbers=_DIMENSION_NUMBERS
   )
@@ -87,10 +85,10 @@ def _weight_grad_cpu(x, dy, kernel, dilation):
   """Sum over groups of images of patches^T dy, the patches of one group made at a time."""
   batch, height, width, channels = x.shape
   kernel_h, kernel_w = kernel.shape[:2]
-  pad_h, pad_w = (dilation[0] * (kernel_h // 2), dilation[1] * (kernel_w // 2))
-  x = jnp.pad(x, ((0, 0), (pad_h, pad_h), (pad_w, pad_w), (0, 0)))
+  pads = tuple((d * (n // 2),) * 2 for d, n in zip(dilation, (kernel_h, kernel_w), strict=True))
 
-  def patches_of(x):  # (g, H + 2p, W + 2p, C) -> (g H W, kh kw C)
+  def patches_of(x):  # (g, H, W, C) -> (g H W, kh kw C)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     taps = [
       x[:, i * dilation[0] :][:, :height, j * dilation[1] :][:, :, :width]
       for i in range(kernel_h)
@@ -104,11 +102,14 @@ def _weight_grad_cpu(x, dy, kernel, dilation):
     return total + jnp.matmul(patches_of(x).T, dy, preferred_element_type=total.dtype), None
 
   bytes_per_image = height * width * kernel_h * kernel_w * channels * x.dtype.itemsize
-  size = _group_size(batch, max(1, _PATCH_BYTES // bytes_per_image, jax.device_count()))
+  devices = jax.device_count()
+  size = _group_size(batch, max(1, _PATCH_BYTES // bytes_per_image, devices))
 
   def group(a):
-    # A group takes every (batch / size)-th image: a batch that is sharded in contiguous blocks then
-    # has its share of each group.
+    if devices == 1:
+      return a.reshape(batch // size, size, *a.shape[1:])
+    # A batch that is split over devices in contiguous blocks: a group takes every (batch / size)-th
+    # image, so that each device has its share of each group.
     return jnp.moveaxis(a.reshape(size, batch // size, *a.shape[1:]), 1, 0)
 
   zero = jnp.zeros((kernel_h * kernel_w * channels, dy.shape[-1]), jnp.float32)

@@ -64,9 +64,38 @@ def dense(features: int) -> nn.Dense:
   return nn.Dense(features, kernel_init=default_init())
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-  """Group normalization with at most 32 groups of at least 4 channels."""
-  return nn.GroupNorm(num_groups=min(channels // 4, 32), epsilon=1e-6)
+class GroupNorm(nn.Module):
+  """Group normalization (Wu and He 2018) with at most 32 groups of at least 4 channels.
+
+  Sums over pixels come first and sums over the channels of a group second, and the result is one
+  multiply-add per pixel: several times faster on CPU than normalizing a regrouped array.
+  """
+
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    batch, channels = x.shape[0], x.shape[-1]
+    groups = min(channels // 4, 32)
+    if groups == 0 or channels % groups:
+      raise UserError(
+        f'Group normalization cannot split {channels} channels into {groups or 1} groups of at '
+        f'least 4: choose model.nf (and model.ch_mult) so that all widths up to 128 are multiples '
+        f'of 4 and larger ones multiples of 32; a multiple of 32 for model.nf always works.'
+      )
+    scale = self.param('scale', nn.initializers.ones, (channels,))
+    bias = self.param('bias', nn.initializers.zeros, (channels,))
+
+    def group_mean(per_pixel):  # (B, H, W, C) -> (B, C), equal within a group
+      per_group = jnp.mean(per_pixel, axis=(1, 2)).reshape(batch, groups, -1)
+      mean = jnp.mean(per_group, axis=-1, keepdims=True)
+      return jnp.broadcast_to(mean, per_group.shape).reshape(batch, channels)
+
+    mean = group_mean(x)
+    variance = jnp.maximum(group_mean(x**2) - mean**2, 0.0)
+    factor = scale * jax.lax.rsqrt(variance + self.epsilon)
+    offset = bias - mean * factor
+    return x * factor[:, None, None] + offset[:, None, None]
 
 
 class NIN(nn.Module):
@@ -85,7 +114,7 @@ class NIN(nn.Module):
     shape = (x.shape[-1], self.features)
     W = self.param('W', default_init(self.init_scale), shape)
     b = self.param('b', nn.initializers.zeros, (self.features,))
-    return jnp.matmul(x, W) + b
+    return convolution.conv_general_dilated(x, W[None, None]) + b
 
 
 def get_timestep_embedding(

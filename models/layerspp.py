@@ -6,8 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import up_or_down_sampling as resampling
-from models.layers import NIN, Activation, conv1x1, conv3x3, default_init, dense, group_norm
-from models.layers import spatial_attention
+from models.layers import (
+  NIN,
+  Activation,
+  GroupNorm,
+  conv1x1,
+  conv3x3,
+  default_init,
+  dense,
+  spatial_attention,
+)
 from models.up_or_down_sampling import Conv2d, FirKernel
 
 
@@ -36,7 +44,7 @@ class AttnBlockpp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     channels = x.shape[-1]
-    h = group_norm(channels)(x)
+    h = GroupNorm()(x)
     q, k, v = (NIN(channels)(h) for _ in range(3))
     h = NIN(channels, self.init_scale)(spatial_attention(q, k, v))
     return add_skip(x, h, self.skip_rescale)
@@ -110,7 +118,7 @@ class ResnetBlockDDPMpp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, temb: jax.Array | None, train: bool) -> jax.Array:
     features = self.features or x.shape[-1]
-    h = conv3x3(features)(self.act(group_norm(x.shape[-1])(x)))
+    h = conv3x3(features)(self.act(GroupNorm()(x)))
     h = _finish(self, h, temb, train)
     if x.shape[-1] != features:
       x = conv3x3(features)(x) if self.conv_shortcut else NIN(features)(x)
@@ -146,7 +154,7 @@ class ResnetBlockBigGANpp(nn.Module):
   def __call__(self, x: jax.Array, temb: jax.Array | None, train: bool) -> jax.Array:
     channels = x.shape[-1]
     features = self.features or channels
-    h = self.act(group_norm(channels)(x))
+    h = self.act(GroupNorm()(x))
     if self.up:
       h, x = (Upsample(fir=self.fir, fir_kernel=self.fir_kernel)(a) for a in (h, x))
     elif self.down:
@@ -162,6 +170,6 @@ def _finish(block: nn.Module, h: jax.Array, temb: jax.Array | None, train: bool)
   features = h.shape[-1]
   if temb is not None:
     h = h + dense(features)(block.act(temb))[:, None, None, :]
-  h = block.act(group_norm(features)(h))
+  h = block.act(GroupNorm()(h))
   h = nn.Dropout(block.dropout, deterministic=not train)(h)
   return conv3x3(features, block.init_scale)(h)

@@ -10,8 +10,14 @@ import numpy as np
 
 from errors import UserError
 from models import layerspp
-from models.layers import GaussianFourierProjection, conv3x3, dense, get_act
-from models.layers import get_timestep_embedding, group_norm
+from models.layers import (
+  GaussianFourierProjection,
+  GroupNorm,
+  conv3x3,
+  dense,
+  get_act,
+  get_timestep_embedding,
+)
 from models.utils import register_model
 
 _CHOICES = {
@@ -102,14 +108,6 @@ class NCSNpp(nn.Module):
         f'{halvings + 1} entries of model.ch_mult={tuple(self.ch_mult)} ask: '
         f'use a multiple of {2**halvings} or fewer entries.'
       )
-    if self.nf < 8 or self.nf % 4:
-      raise UserError(f'model.nf={self.nf} must be a multiple of 4 and at least 8.')
-    for channels in {self.nf * m for m in self.ch_mult}:
-      if channels // 4 > 32 and channels % 32:
-        raise UserError(
-          f'model.nf={self.nf} with model.ch_mult={tuple(self.ch_mult)} gives {channels} channels, '
-          f'which 32 normalization groups do not divide: use multiples of 32.'
-        )
 
   @nn.compact
   def __call__(self, x: jax.Array, time_cond: jax.Array, train: bool = True) -> jax.Array:
@@ -173,10 +171,10 @@ class NCSNpp(nn.Module):
       if h.shape[1] in self.attn_resolutions:
         h = attention()(h)
       if self.progressive == 'output_skip':
-        image = conv3x3(self.num_channels, self.init_scale)(act(group_norm(h.shape[-1])(h)))
+        image = conv3x3(self.num_channels, self.init_scale)(act(GroupNorm()(h)))
         pyramid = image if level == last else layerspp.Upsample(**fir)(pyramid) + image
       elif self.progressive == 'residual' and level == last:
-        pyramid = conv3x3(h.shape[-1])(act(group_norm(h.shape[-1])(h)))
+        pyramid = conv3x3(h.shape[-1])(act(GroupNorm()(h)))
       elif self.progressive == 'residual':
         grow = layerspp.Upsample(features=h.shape[-1], with_conv=True, **fir)
         h = pyramid = rescale(grow(pyramid), h)
@@ -186,7 +184,7 @@ class NCSNpp(nn.Module):
     if self.progressive == 'output_skip':
       h = pyramid
     else:
-      h = conv3x3(self.num_channels, self.init_scale)(act(group_norm(h.shape[-1])(h)))
+      h = conv3x3(self.num_channels, self.init_scale)(act(GroupNorm()(h)))
     if self.scale_by_sigma:
       h = h / self._noise_level(time_cond)[:, None, None, None]
     return h

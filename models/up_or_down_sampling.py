@@ -91,13 +91,12 @@ def downsample_2d(x: jax.Array, kernel: FirKernel) -> jax.Array:
 
 def naive_upsample_2d(x: jax.Array) -> jax.Array:
   """Doubles height and width by repetition."""
-  return x.repeat(2, axis=1).repeat(2, axis=2)
+  return upfirdn_2d(x, (1, 1), up=2, pad=(1, 0), gain=2)
 
 
 def naive_downsample_2d(x: jax.Array) -> jax.Array:
   """Halves height and width by averaging 2x2 blocks."""
-  b, h, w, c = x.shape
-  return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+  return upfirdn_2d(x, (1, 1), down=2)
 
 
 class Conv2d(nn.Module):
@@ -123,9 +122,7 @@ class Conv2d(nn.Module):
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     taps = len(self.fir_kernel)
     if self.up:
-      x = convolution.conv_general_dilated(
-        x, weight, padding=((2, 2), (2, 2)), lhs_dilation=(2, 2)
-      )
+      x = convolution.conv_general_dilated(x, weight, padding=((2, 2), (2, 2)), lhs_dilation=(2, 2))
       p = taps - 4
       x = upfirdn_2d(x, self.fir_kernel, pad=((p + 1) // 2 + 1, p // 2 + 1), gain=2)
     elif self.down:

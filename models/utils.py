@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from registry import Registry
-from sde_lib import SDE, ScoreFn, batch_mul
+from sde_lib import SDE, ScoreFn, batch_mul, default_of
 
 _MODELS = Registry('model')
 register_model = _MODELS.register
@@ -29,24 +29,18 @@ def create_model(config: Any) -> nn.Module:
     UserError: for an unknown name, or what `check` finds.
   """
   cls = get_model(config.model.name)
-  model = cls(**{key: value for key, value in _settings(config).items() if key in _fields(cls)})
+  data = {key: config.data[key] for key in ('image_size', 'num_channels', 'centered')}
+  settings = {**data, **config.model}
+  model = cls(**{key: settings[key] for key in model_fields(config.model.name) if key in settings})
   if hasattr(model, 'check'):
     model.check()
   return model
 
 
-def model_keys(name: str) -> set[str]:
-  """The keys of `config.model` that the network registered as `name` reads."""
-  return _fields(get_model(name))
-
-
-def _fields(cls: type[nn.Module]) -> set[str]:
-  return {field.name for field in dataclasses.fields(cls)} - {'parent', 'name'}
-
-
-def _settings(config: Any) -> dict[str, Any]:
-  data = {key: config.data[key] for key in ('image_size', 'num_channels', 'centered')}
-  return {**data, **config.model}
+def model_fields(name: str) -> dict[str, Any]:
+  """The fields of the network registered as `name`, with their defaults."""
+  fields = dataclasses.fields(get_model(name))
+  return {f.name: default_of(f) for f in fields if f.name not in ('parent', 'name')}
 
 
 def init_model(rng: jax.Array, config: Any) -> tuple[nn.Module, PyTree, PyTree]:

@@ -1,0 +1,17 @@
+"""NCSN++ (cont.) under the VE SDE on 5,000 MNIST digits.
+
+python main.py --mode=train --config=configs/ve/mnist_ncsnpp_continuous.py --workdir=<workdir>
+"""
+
+import ml_collections
+
+from configs import recipes
+from configs.default_mnist_configs import get_default_configs
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = get_default_configs()
+  recipes.ve(config)
+  recipes.ncsnpp(config)
+  recipes.laptop(config)
+  return config

@@ -1,0 +1,198 @@
+"""Checks a configuration before anything expensive starts, and keeps it with the run."""
+
+import difflib
+import importlib.metadata
+import json
+import pathlib
+import platform
+from typing import Any
+
+import jax
+import ml_collections
+from absl import logging
+
+import datasets
+import losses
+import reporting
+import sampling
+import sde_lib
+from configs.default_cifar10_configs import get_default_configs
+from errors import UserError
+from models import utils as mutils
+
+# Keys of the reference's configurations that nothing reads.
+LEGACY = {
+  'model': {'attention_type', 'conv_size'},
+  'optim': {'amsgrad'},
+}
+
+# Fields that may change when a run goes on: they do not alter the training itself.
+FREE = (
+  'training.n_iters',
+  'training.log_freq',
+  'training.eval_freq',
+  'training.n_jitted_steps',
+  'training.snapshot_freq_for_preemption',
+  'training.snapshot_sampling',
+  'sampling.',
+  'eval.',
+)
+
+FREQUENCIES = ('log_freq', 'eval_freq', 'snapshot_freq', 'snapshot_freq_for_preemption')
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+def prepare(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The complete configuration: absent keys of the common sections filled in, everything checked.
+
+  Raises:
+    UserError: one sentence on the first thing that is wrong.
+  """
+  complete = get_default_configs()
+  with complete.unlocked():
+    for section, values in config.items():
+      if section not in complete:
+        raise UserError(_unknown('section', section, complete.keys()))
+      if isinstance(values, ml_collections.ConfigDict) != isinstance(
+        complete[section], ml_collections.ConfigDict
+      ):
+        raise UserError(f'config.{section}={values!r} is not what belongs there.')
+      if not isinstance(values, ml_collections.ConfigDict):
+        _check_type(section, values, complete[section])
+        complete[section] = values
+        continue
+      known = _known_fields(section, config, complete)
+      for key, value in values.items():
+        if key not in known:
+          raise UserError(_unknown(f'config.{section} key', key, known))
+        if known[key] is not None:
+          _check_type(f'{section}.{key}', value, known[key])
+        complete[section][key] = value
+  _check_values(complete)
+  return complete
+
+
+def _known_fields(section: str, config: Any, defaults: Any) -> dict[str, Any]:
+  """Keys that a section may have, with an example of each value (None: any)."""
+  known = dict.fromkeys(LEGACY.get(section, ())) | dict(defaults[section])
+  if section == 'model':
+    known |= mutils.model_fields(config.model.get('name', defaults.model.name))
+    known |= sde_lib.sde_fields(config.training.get('sde', defaults.training.sde))
+  if section == 'data':
+    known |= dict.fromkeys(datasets.extra_keys(config.data.get('dataset', defaults.data.dataset)))
+  return known
+
+
+def _unknown(what: str, name: str, known: Any) -> str:
+  close = difflib.get_close_matches(name, known, n=1)
+  hint = f' Did you mean {close[0]}?' if close else ''
+  return f'Unknown {what} {name!r}: choose one of {", ".join(sorted(known))}.{hint}'
+
+
+def _check_type(name: str, value: Any, example: Any) -> None:
+  allowed = type(example)
+  if allowed is float:
+    right = isinstance(value, (int, float)) and not isinstance(value, bool)
+  elif allowed in (tuple, list):
+    right = isinstance(value, (tuple, list))
+  else:
+    right = isinstance(value, allowed) and isinstance(value, bool) == (allowed is bool)
+  if not right:
+    raise UserError(
+      f'config.{name}={value!r} is of type {type(value).__name__}; it must be of type '
+      f'{allowed.__name__}, such as {example!r}.'
+    )
+
+
+def _check_values(config: ml_collections.ConfigDict) -> None:
+  training, optim = config.training, config.optim
+  sde = sde_lib.get_sde(config)
+  model = mutils.create_model(config)
+  losses.get_optimizer(config)
+  sampling.check(config, sde)
+  datasets.check_batch_size(training.batch_size, 'training.batch_size')
+  for name in ('n_iters', 'n_jitted_steps', *FREQUENCIES):
+    if training[name] < 1:
+      raise UserError(f'training.{name}={training[name]} must be at least 1.')
+  for name in FREQUENCIES:
+    if training[name] % training.n_jitted_steps:
+      raise UserError(
+        f'training.n_jitted_steps={training.n_jitted_steps} does not divide '
+        f'training.{name}={training[name]}: choose a multiple of it, or n_jitted_steps=1.'
+      )
+  if optim.lr <= 0 or optim.warmup < 0:
+    raise UserError(
+      f'optim.lr={optim.lr} must be positive and optim.warmup={optim.warmup} not negative.'
+    )
+  if not 0 <= config.model.ema_rate < 1:
+    raise UserError(f'model.ema_rate={config.model.ema_rate} must be in [0, 1).')
+  # The objective refuses what it cannot do, and an abstract forward pass the shapes that do not fit.
+  losses.get_step_fn(
+    sde,
+    model,
+    train=False,
+    continuous=training.continuous,
+    likelihood_weighting=training.likelihood_weighting,
+  )
+  if not training.continuous:
+    sde.perturb_discrete(*jax.numpy.zeros((3, 1)).astype(int))
+  jax.eval_shape(lambda rng: mutils.init_model(rng, config)[1:], jax.random.PRNGKey(0))
+
+
+def flatten(config: Any) -> dict[str, Any]:
+  """Leaves by dotted name, as JSON stores them."""
+  flat = {}
+  for key, value in json.loads(json.dumps(_plain(config))).items():
+    if isinstance(value, dict):
+      flat |= {f'{key}.{name}': leaf for name, leaf in flatten(value).items()}
+    else:
+      flat[key] = value
+  return flat
+
+
+def _plain(config: Any) -> dict[str, Any]:
+  return config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+
+
+def record(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes `config.json` and `versions.json` to the working directory.
+
+  Raises:
+    UserError: if the directory belongs to a run whose configuration contradicts this one.
+  """
+  path = workdir / 'config.json'
+  new = flatten(config)
+  if path.exists():
+    old = flatten(json.loads(path.read_text()))
+    differing = [
+      f'{key} (was {old.get(key)!r}, is {new.get(key)!r})'
+      for key in sorted(old.keys() | new.keys())
+      if old.get(key) != new.get(key) and not key.startswith(FREE)
+    ]
+    if differing:
+      raise UserError(
+        f'{workdir} holds a run with another configuration: {", ".join(differing)}; '
+        f'use those values or another --workdir.'
+      )
+  if jax.process_index() == 0:
+    reporting.write_atomic(path, json.dumps(_plain(config), indent=2).encode())
+    reporting.write_atomic(workdir / 'versions.json', json.dumps(versions(), indent=2).encode())
+
+
+def versions() -> dict[str, str]:
+  """Versions of what the numbers of a run depend on."""
+  found = {name: importlib.metadata.version(name) for name in PACKAGES}
+  return {'python': platform.python_version(), 'machine': platform.machine(), **found}
+
+
+def log_start(config: ml_collections.ConfigDict) -> None:
+  logging.info('versions: %s', versions())
+  logging.info(
+    'devices: %d x %s in %d processes; model: %s; SDE: %s; data: %s',
+    jax.device_count(),
+    jax.default_backend(),
+    jax.process_count(),
+    config.model.name,
+    config.training.sde,
+    config.data.dataset,
+  )

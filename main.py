@@ -1,0 +1,71 @@
+"""Trains and evaluates score models; `python main.py --help` lists the flags."""
+
+import os
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config',
+  None,
+  'Configuration file, such as configs/vp/mnist_ddpmpp_continuous.py. Any field can be overridden: '
+  '--config.training.batch_size=64.',
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Directory of the run: checkpoints, samples, logs. The same one continues a run.'
+)
+_MODE = flags.DEFINE_enum(
+  'mode',
+  None,
+  ['train', 'eval'],
+  'train: train, or go on training where the run in --workdir stopped. '
+  'eval: evaluate the checkpoints of the run in --workdir.',
+)
+_EVAL_FOLDER = flags.DEFINE_string(
+  'eval_folder', 'eval', 'Folder inside --workdir that the results of --mode=eval go to.'
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'host:port of the first process, for a run of several processes.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Number of processes of the run.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'Unexpected argument {argv[1]!r}: all arguments are flags.')
+  # Imported here so that --help and a misspelt flag answer at once.
+  import jax
+
+  import run_lib
+  from errors import UserError
+
+  if _COORDINATOR.value is not None:
+    jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  try:
+    if _MODE.value == 'train':
+      run_lib.train(_CONFIG.value, _WORKDIR.value)
+    else:
+      run_lib.evaluate(_CONFIG.value, _WORKDIR.value, _EVAL_FOLDER.value)
+  except (UserError, run_lib.NonFiniteLoss) as error:
+    logging.get_absl_handler().flush()
+    print(f'{type(error).__name__}: {error}', file=sys.stderr)
+    sys.exit(1)
+
+
+def _use_huge_pages() -> None:
+  """Starts this program again with huge memory pages on, where the C library offers them.
+
+  XLA takes and returns the memory of all activations in each call on CPU; with pages of 4 KiB that
+  alone costs a fifth of a training step. The C library reads this setting only when it starts.
+  """
+  if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
+    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+if __name__ == '__main__':
+  _use_huge_pages()
+  flags.mark_flags_as_required(['config', 'workdir', 'mode'])
+  app.run(main)

@@ -1,0 +1,145 @@
+"""What a run leaves for people: logs, metrics, sample grids. Only the first process writes."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+from absl import logging
+from PIL import Image
+
+
+def write_atomic(path: pathlib.Path, data: bytes) -> None:
+  """Writes a file that is complete or absent, whenever the process is killed."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}-')
+  try:
+    with os.fdopen(descriptor, 'wb') as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+  except BaseException:
+    os.unlink(temporary)
+    raise
+
+
+def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
+  buffer = io.BytesIO()
+  np.savez_compressed(buffer, **arrays)
+  write_atomic(path, buffer.getvalue())
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+  """From [0, 1] to grey levels by truncation, as the published samples were made."""
+  return np.clip(np.asarray(images) * 255.0, 0, 255).astype(np.uint8)
+
+
+def image_grid(images: np.ndarray, padding: int = 2) -> Image.Image:
+  """uint8 images (B, H, W, C) in a grid as square as can be, row by row."""
+  count, height, width, channels = images.shape
+  columns = int(np.ceil(np.sqrt(count)))
+  rows = -(-count // columns)
+  cell_h, cell_w = height + padding, width + padding
+  grid = np.zeros((rows * cell_h + padding, columns * cell_w + padding, channels), np.uint8)
+  for i, image in enumerate(images):
+    top, left = i // columns * cell_h + padding, i % columns * cell_w + padding
+    grid[top : top + height, left : left + width] = image
+  return Image.fromarray(grid[..., 0] if channels == 1 else grid)
+
+
+def write_samples(directory: pathlib.Path, images: np.ndarray) -> None:
+  """Writes `sample.npz` (uint8, key `samples`) and, last, `sample.png`."""
+  images = to_uint8(images)
+  write_npz(directory / 'sample.npz', samples=images)
+  buffer = io.BytesIO()
+  image_grid(images).save(buffer, 'png')
+  write_atomic(directory / 'sample.png', buffer.getvalue())
+
+
+class MetricWriter(contextlib.AbstractContextManager):
+  """Numbers over training steps: to the log, `metrics.jsonl` and TensorBoard.
+
+  Args:
+    workdir: `metrics.jsonl` and `tensorboard/` go here.
+    start_step: entries of later steps, left by a run that was killed, are removed.
+  """
+
+  def __init__(self, workdir: pathlib.Path, start_step: int = 0):
+    self._active = jax.process_index() == 0
+    self._path = workdir / 'metrics.jsonl'
+    if self._active:
+      write_atomic(self._path, ''.join(self._lines_until(start_step)).encode())
+      self._file = self._path.open('a')
+      self._tensorboard = tensorboardX.SummaryWriter(
+        str(workdir / 'tensorboard'), purge_step=start_step + 1 if start_step else None
+      )
+
+  def _lines_until(self, step: int) -> list[str]:
+    if not self._path.exists():
+      return []
+    lines = self._path.read_text().splitlines(keepends=True)
+    complete = [line for line in lines if line.endswith('\n')]
+    return [line for line in complete if json.loads(line)['step'] <= step]
+
+  def scalar(self, name: str, value: float, step: int) -> None:
+    logging.info('step: %d, %s: %.5e', step, name, value)
+    if self._active:
+      self._file.write(json.dumps({'step': step, name: float(value)}) + '\n')
+      self._file.flush()
+      self._tensorboard.add_scalar(name, float(value), step)
+
+  def images(self, name: str, images: np.ndarray, step: int) -> None:
+    """A grid of images in [0, 1], for TensorBoard."""
+    if self._active:
+      grid = np.atleast_3d(np.asarray(image_grid(to_uint8(images))))
+      self._tensorboard.add_image(name, grid, step, dataformats='HWC')
+
+  def __exit__(self, *exc_info: Any) -> None:
+    if self._active:
+      self._file.close()
+      self._tensorboard.close()
+
+
+class _AboveProgressBar(io.TextIOBase):
+  """The standard error stream, written so that it does not break a progress bar."""
+
+  def write(self, text: str) -> int:
+    tqdm.tqdm.write(text, file=sys.stderr, end='')
+    return len(text)
+
+
+def log_to_console() -> None:
+  """Shows warnings of all modules and the information of this project's."""
+  logging.set_verbosity(logging.INFO)
+  logging.set_stderrthreshold('info')
+  handler = logging.get_absl_handler()
+  handler.python_handler.stream = _AboveProgressBar()
+  _set_up(handler)
+
+
+def log_to_file(path: pathlib.Path) -> None:
+  """Appends the log to `path` as well."""
+  if jax.process_index() == 0:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.logging.FileHandler(path)
+    _set_up(handler)
+    logging.get_absl_logger().addHandler(handler)
+
+
+def _set_up(handler: Any) -> None:
+  handler.setFormatter(logging.logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+  handler.addFilter(_of_this_project)
+
+
+def _of_this_project(record: Any) -> bool:
+  return record.levelno >= logging.logging.WARNING or 'site-packages' not in record.pathname

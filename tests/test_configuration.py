@@ -1,0 +1,110 @@
+"""Bad input gets one sentence that names the value, the constraint and the fix."""
+
+import importlib
+import pathlib
+
+import jax
+import pytest
+
+import configuration
+from configs.vp import mnist_ddpmpp_continuous
+from errors import UserError
+
+CONFIGS = sorted(
+  str(path.relative_to('configs').with_suffix('')).replace('/', '.')
+  for path in pathlib.Path('configs').glob('*/**/*.py')
+  if path.name != '__init__.py'
+)
+
+BAD = [
+  ('training.sde', 'vp', "Unknown SDE 'vp': choose one of .*subvpsde, vesde, vpsde"),
+  ('model.name', 'unet', "Unknown model 'unet': choose one of .*ncsnpp"),
+  ('sampling.predictor', 'em', "Unknown predictor 'em': choose one of ancestral_sampling"),
+  ('sampling.corrector', 'mala', "Unknown corrector 'mala': choose one of ald, langevin, none"),
+  ('sampling.method', 'sde', "Unknown sampling method 'sde': choose one of pc"),
+  ('data.dataset', 'MNIST', "Unknown data set 'MNIST': choose one of CIFAR10, MNIST5K"),
+  ('optim.optimizer', 'SGD', "Unknown optimizer 'SGD': choose one of Adam"),
+  ('training.bach_size', 8, "Unknown config.training key 'bach_size'.*Did you mean batch_size"),
+  ('model.nff', 8, "Unknown config.model key 'nff'.*Did you mean nf"),
+  ('training.batch_size', '64', "config.training.batch_size='64' is of type str; .* type int"),
+  ('training.continuous', 1, 'config.training.continuous=1 is of type int; .* type bool'),
+  ('model.ch_mult', 2, 'config.model.ch_mult=2 is of type int; .* type tuple'),
+  ('training.n_jitted_steps', 3, 'n_jitted_steps=3 does not divide training.log_freq=10'),
+  ('training.n_iters', 0, 'training.n_iters=0 must be at least 1'),
+  ('data.image_size', 30, 'data.image_size=30 cannot be halved 2 times'),
+  ('model.nf', 18, 'Group normalization cannot split'),
+  ('model.resblock_type', 'resnet', "model.resblock_type='resnet' is unknown: choose one of ddpm"),
+  ('model.nonlinearity', 'tanh', "Unknown model.nonlinearity 'tanh': choose one of elu"),
+  ('model.beta_min', 30.0, '0 <= beta_min <= beta_max'),
+  ('model.num_scales', 0, 'at least one step, got N=0'),
+  ('model.ema_rate', 1.0, 'model.ema_rate=1.0 must be in'),
+  ('optim.lr', 0.0, 'optim.lr=0.0 must be positive'),
+]
+
+
+@pytest.mark.parametrize(('field', 'value', 'message'), BAD, ids=[case[0] for case in BAD])
+def test_bad_field_is_refused_in_a_sentence(field, value, message):
+  config = mnist_ddpmpp_continuous.get_config()
+  section, key = field.split('.')
+  with config.unlocked(), config.ignore_type():
+    config[section][key] = value
+  with pytest.raises(UserError, match=message) as raised:
+    configuration.prepare(config)
+  assert '\n' not in str(raised.value)
+
+
+def test_combinations_that_cannot_work_are_refused(monkeypatch):
+  config = mnist_ddpmpp_continuous.get_config()
+  config.sampling.predictor = 'ancestral_sampling'
+  config.sampling.probability_flow = True
+  with pytest.raises(UserError, match='ancestral_sampling has no probability flow'):
+    configuration.prepare(config)
+
+  config = mnist_ddpmpp_continuous.get_config()
+  config.training.sde = 'subvpsde'
+  config.training.continuous = False
+  with pytest.raises(UserError, match='subVPSDE has no discrete training objective'):
+    configuration.prepare(config)
+
+  config = mnist_ddpmpp_continuous.get_config()
+  config.training.continuous = False
+  config.training.likelihood_weighting = True
+  with pytest.raises(UserError, match='needs training.continuous=True'):
+    configuration.prepare(config)
+
+  config = mnist_ddpmpp_continuous.get_config()
+  monkeypatch.setattr(jax, 'device_count', lambda: 5)
+  with pytest.raises(UserError, match='batch_size=64 cannot be split over 5 devices'):
+    configuration.prepare(config)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_configuration_file_is_valid_at_full_size(name):
+  configuration.prepare(importlib.import_module(f'configs.{name}').get_config())
+
+
+def test_absent_sections_and_keys_take_the_common_defaults():
+  config = mnist_ddpmpp_continuous.get_config()
+  del config.training.n_jitted_steps
+  del config.eval
+  complete = configuration.prepare(config)
+  assert complete.training.n_jitted_steps == 5
+  assert complete.eval.batch_size == 1024
+
+
+def test_run_directory_refuses_a_contradicting_configuration_and_names_the_fields(tmp_path):
+  config = mnist_ddpmpp_continuous.get_config()
+  configuration.record(config, tmp_path)
+  before = (tmp_path / 'config.json').read_bytes()
+  config.model.nf = 64
+  config.optim.lr = 1e-4
+  with pytest.raises(
+    UserError, match=r'model.nf \(was \d+, is 64\), optim.lr \(was .*, is 0.0001\)'
+  ):
+    configuration.record(config, tmp_path)
+  assert (tmp_path / 'config.json').read_bytes() == before
+
+  config = mnist_ddpmpp_continuous.get_config()
+  config.training.n_iters *= 2
+  config.sampling.snr = 0.1
+  configuration.record(config, tmp_path)

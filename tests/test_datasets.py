@@ -1,0 +1,157 @@
+"""Data: determinism, sharing between processes, and what reaches the network."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import datasets
+from configs.vp import mnist_ddpmpp_continuous
+from errors import UserError
+
+
+@pytest.fixture
+def config():
+  config = mnist_ddpmpp_continuous.get_config()
+  config.training.batch_size = 60
+  config.eval.batch_size = 60
+  return config
+
+
+def test_mnist5k_is_stratified_and_its_splits_are_disjoint(config):
+  splits = [datasets.get_source(config, split) for split in ('train', 'test')]
+  for source, per_class in zip(splits, (450, 50), strict=True):
+    labels = [source[i]['label'] for i in range(len(source))]
+    assert np.bincount(labels).tolist() == [per_class] * 10
+  train, test = ({source.images[i].tobytes() for i in range(len(source))} for source in splits)
+  assert not train & test
+
+
+def test_batch_is_a_function_of_seed_and_step(config):
+  train, _, _ = datasets.get_dataset(config)
+  again, _, _ = datasets.get_dataset(config)
+  iterator = again.iterate(start=73)
+  for step in (73, 74, 75):
+    np.testing.assert_array_equal(train.batch(step)['image'], next(iterator)['image'])
+  config.seed += 1
+  other, _, _ = datasets.get_dataset(config)
+  assert (train.batch(73)['image'] != other.batch(73)['image']).any()
+
+
+def test_each_epoch_is_another_permutation_of_the_training_split(config):
+  train, _, source = datasets.get_dataset(config)
+  steps = len(source) // 60
+  epochs = [
+    np.concatenate(
+      [train.batch(step)['image'] for step in range(epoch * steps, (epoch + 1) * steps)]
+    )
+    for epoch in range(2)
+  ]
+  assert (epochs[0] != epochs[1]).any()
+  everything = sorted(image.tobytes() for image in source.images)
+  for epoch in epochs:
+    assert sorted(image.tobytes() for image in epoch) == everything
+
+
+@pytest.mark.parametrize('processes', [2, 3])
+def test_processes_share_the_batch_of_one_process(config, processes, monkeypatch):
+  train, _, _ = datasets.get_dataset(config)
+  whole = train.batch(80)
+  monkeypatch.setattr(jax, 'process_count', lambda: processes)
+  parts = []
+  for index in range(processes):
+    monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
+    parts.append(train.batch(80))
+  for key in ('image', 'label'):
+    np.testing.assert_array_equal(np.concatenate([part[key] for part in parts]), whole[key])
+
+
+def test_preprocessing_scales_flips_and_dequantizes(config):
+  rng = jax.random.PRNGKey(0)
+  images = np.arange(8 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(8, 28, 28, 1)
+  plain = datasets.get_preprocess_fn(config)(rng, images)
+  np.testing.assert_allclose(plain, images / 127.5 - 1, atol=1e-6)
+
+  config.data.centered = False
+  noisy = datasets.get_preprocess_fn(config, uniform_dequantization=True)(rng, images)
+  levels = np.asarray(noisy, np.float64) * 256 - images
+  assert levels.min() >= 0
+  assert levels.max() <= 1 + 1e-4
+  assert abs(levels.mean() - 0.5) < 0.02
+
+  config.data.random_flip = True
+  flipped = np.asarray(datasets.get_preprocess_fn(config)(rng, images)) * 255
+  mirrored = [np.allclose(x, y[:, ::-1], atol=1e-3) for x, y in zip(flipped, images, strict=True)]
+  same = [np.allclose(x, y, atol=1e-3) for x, y in zip(flipped, images, strict=True)]
+  assert all(np.logical_xor(mirrored, same))
+  assert any(mirrored)
+  assert any(same)
+  never = datasets.get_preprocess_fn(config, evaluation=True)(rng, images)
+  np.testing.assert_allclose(np.asarray(never) * 255, images, atol=1e-3)
+
+
+def test_scalers_are_inverse(config):
+  x = np.linspace(0, 1, 5)
+  for centered in (False, True):
+    config.data.centered = centered
+    scaled = datasets.get_data_scaler(config)(x)
+    np.testing.assert_allclose(datasets.get_data_inverse_scaler(config)(scaled), x)
+  assert scaled.tolist() == [-1, -0.5, 0, 0.5, 1]
+
+
+def test_wrong_shapes_and_batches_are_refused_by_name(config, monkeypatch):
+  config.data.image_size = 32
+  with pytest.raises(UserError, match=r'MNIST5K has images of shape \(28, 28, 1\).*\(32, 32, 1\)'):
+    datasets.get_dataset(config)
+  config.data.image_size = 28
+  monkeypatch.setattr(jax, 'device_count', lambda: 8)
+  with pytest.raises(UserError, match='training.batch_size=60 cannot be split over 8 devices'):
+    datasets.get_dataset(config)
+
+
+def test_resize_is_the_identity_at_its_size_and_keeps_constants():
+  image = np.full((48, 48, 3), 77, np.uint8)
+  assert datasets.resize(image, 48) is image
+  np.testing.assert_array_equal(datasets.resize(image, 32), np.full((32, 32, 3), 77, np.uint8))
+
+
+def test_tensorflow_datasets_are_read_without_tensorflow(tmp_path, monkeypatch):
+  tfds = pytest.importorskip('tensorflow_datasets')
+
+  class Stripes(tfds.core.GeneratorBasedBuilder):
+    """Ten images made here, stored as TensorFlow Datasets stores CIFAR-10."""
+
+    name = 'stripes'
+    VERSION = tfds.core.Version('1.0.0')
+
+    def _info(self):
+      features = {
+        'image': tfds.features.Image(shape=(40, 40, 3)),
+        'label': tfds.features.ClassLabel(num_classes=10),
+      }
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+      return {'train': self._generate_examples()}
+
+    def _generate_examples(self):
+      for i in range(10):
+        file = io.BytesIO()
+        Image.fromarray(np.full((40, 40, 3), 20 * i, np.uint8)).save(file, 'png')
+        file.seek(0)
+        yield i, {'image': file, 'label': i}
+
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
+  Stripes(data_dir=tmp_path, file_format='array_record').download_and_prepare()
+  source = datasets.tfds_source(
+    'stripes', 'train', data_dir=tmp_path, transform=lambda image: datasets.resize(image, 32)
+  )
+  examples = [source[i] for i in range(len(source))]
+  assert sorted(example['label'] for example in examples) == list(range(10))
+  for example in examples:
+    np.testing.assert_array_equal(example['image'], np.full((32, 32, 3), 20 * example['label']))
+  import sys
+
+  assert 'tensorflow' not in sys.modules

@@ -1,0 +1,291 @@
+"""Whole runs through the command line: resume after any kill, devices, processes, failures."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import checkpoints
+import losses
+import run_lib
+from checkpoints import CheckpointDirectory
+from tests import tiny_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = 'tests/tiny_config.py'
+
+
+def command(workdir, *overrides, mode='train'):
+  return [
+    sys.executable,
+    'main.py',
+    f'--mode={mode}',
+    f'--config={CONFIG}',
+    f'--workdir={workdir}',
+    *overrides,
+  ]
+
+
+def start(workdir, *overrides, devices=1, mode='train'):
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+  }
+  return subprocess.Popen(
+    command(workdir, *overrides, mode=mode),
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def finish(process):
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output
+  return output
+
+
+def run(workdir, *overrides, **kwargs):
+  return finish(start(workdir, *overrides, **kwargs))
+
+
+def history(workdir):
+  """(step, metric) -> value, and that no entry stands twice."""
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  entries = [((line['step'], name), value) for line in lines for name, value in line.items()]
+  entries = [(key, value) for key, value in entries if key[1] != 'step']
+  assert len(dict(entries)) == len(entries)
+  return dict(entries)
+
+
+def final_state(workdir):
+  like = jax.eval_shape(
+    lambda: losses.init_state(jax.random.PRNGKey(0), tiny_config.get_config())[1]
+  )
+  with CheckpointDirectory(workdir / 'checkpoints-meta') as latest:
+    return checkpoints.restore_newest([latest], like)
+
+
+def samples(workdir):
+  paths = sorted((workdir / 'samples').glob('*/sample.npz'))
+  return {path.parent.name: np.load(path)['samples'] for path in paths}
+
+
+def assert_same_run(workdir, reference):
+  """Parameters, EMA, optimizer state, every loss and every sample, bit for bit."""
+  assert history(workdir) == history(reference)
+  for a, b in zip(*map(jax.tree.leaves, map(final_state, (workdir, reference))), strict=True):
+    np.testing.assert_array_equal(a, b)
+  ours, theirs = samples(workdir), samples(reference)
+  assert ours.keys() == theirs.keys()
+  for name in ours:
+    np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('uninterrupted')
+  run(workdir)
+  return workdir
+
+
+def wait_for(condition, process, seconds=120):
+  """Polls, without sleeping long, until `condition` holds or the process ends."""
+  deadline = time.monotonic() + seconds
+  while not condition() and process.poll() is None:
+    assert time.monotonic() < deadline
+    time.sleep(0.002)
+
+
+def test_run_leaves_the_documented_files(uninterrupted):
+  with CheckpointDirectory(uninterrupted / 'checkpoints') as directory:
+    assert {n: directory.step(n) for n in directory.numbers()} == {1: 10, 2: 20, 3: 30, 4: 40}
+  with CheckpointDirectory(uninterrupted / 'checkpoints-meta') as directory:
+    assert directory.numbers() == [35, 40]
+  assert sorted(samples(uninterrupted)) == [f'iter_{step}_host_0' for step in (10, 20, 30, 40)]
+  assert all(image.shape == (16, 28, 28, 1) for image in samples(uninterrupted).values())
+  assert (uninterrupted / 'samples' / 'iter_40_host_0' / 'sample.png').exists()
+  metrics = history(uninterrupted)
+  assert [step for step, name in metrics if name == 'training_loss'] == list(range(1, 41))
+  assert [step for step, name in metrics if name == 'eval_loss'] == list(range(5, 41, 5))
+  assert metrics[40, 'training_loss'] < metrics[1, 'training_loss']
+  for name in ('config.json', 'versions.json', 'stdout.txt'):
+    assert (uninterrupted / name).stat().st_size > 0
+  assert list((uninterrupted / 'tensorboard').iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(3))
+def test_killed_at_random_moments_the_run_ends_in_the_same_bits(seed, uninterrupted, tmp_path):
+  """kill -9 at three moments drawn between a step, a save and a sampling."""
+  rng = random.Random(seed)
+  metrics = tmp_path / 'metrics.jsonl'
+  for target in sorted(rng.sample(range(1, 40), 3)):
+    process = start(tmp_path)
+    wait_for(
+      lambda: metrics.exists() and f'"step": {target}' in metrics.read_text(),  # noqa: B023
+      process,
+    )
+    time.sleep(rng.uniform(0, 0.05))
+    process.kill()
+    process.communicate()
+  run(tmp_path)
+  assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+def test_killed_during_a_save_the_run_ends_in_the_same_bits(uninterrupted, tmp_path):
+  process = start(tmp_path)
+  meta = tmp_path / 'checkpoints-meta'
+  wait_for(lambda: any('tmp' in path.name for path in meta.glob('checkpoint_*')), process)
+  process.kill()
+  process.communicate()
+  run(tmp_path)
+  assert_same_run(tmp_path, uninterrupted)
+
+
+def test_damaged_newest_checkpoint_falls_back_and_ends_in_the_same_bits(uninterrupted, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(uninterrupted, workdir)
+  for directory in ('checkpoints-meta/checkpoint_40', 'checkpoints/checkpoint_4'):
+    for file in (workdir / directory / 'state').rglob('*'):
+      if file.is_file():
+        file.write_bytes(file.read_bytes()[:-1])
+  output = run(workdir)
+  assert 'Trying the one before' in output
+  assert 'step 35' in output
+  assert_same_run(workdir, uninterrupted)
+
+
+def test_sigterm_saves_and_exits_cleanly_and_the_run_continues(uninterrupted, tmp_path):
+  process = start(tmp_path)
+  metrics = tmp_path / 'metrics.jsonl'
+  wait_for(lambda: metrics.exists() and '"step": 7' in metrics.read_text(), process)
+  process.send_signal(signal.SIGTERM)
+  output = finish(process)
+  assert 'Stopped by a signal at step' in output
+  run(tmp_path)
+  assert_same_run(tmp_path, uninterrupted)
+
+
+def test_steps_per_call_do_not_change_the_result(uninterrupted, tmp_path):
+  run(tmp_path, '--config.training.n_jitted_steps=5', '--config.training.log_freq=5')
+  reference = history(uninterrupted)
+  for key, value in history(tmp_path).items():
+    assert value == reference[key]
+  for a, b in zip(*map(jax.tree.leaves, map(final_state, (tmp_path, uninterrupted))), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_fused_steps_agree_with_single_steps():
+  """The compiled loop that accelerators use, on this machine."""
+  config = tiny_config.get_config()
+  config.model.dropout = 0.0
+  sde = run_lib.sde_lib.get_sde(config)
+  train_ds, _, _ = run_lib.datasets.get_dataset(config)
+  batches = [train_ds.batch(step)['image'] for step in range(5)]
+  results = []
+  for fused in (False, True):
+    model, state = losses.init_state(jax.random.PRNGKey(0), config)
+    step = run_lib.compile_train_step(config, sde, model, train_ds.preprocess, fused)
+    results.append(step(state, batches))
+  for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+def assert_close_run(workdir, reference):
+  ours, theirs = history(workdir), history(reference)
+  assert ours.keys() == theirs.keys()
+  np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-4)
+  difference = [
+    np.abs(a.astype(int) - b).max()
+    for a, b in zip(samples(workdir).values(), samples(reference).values(), strict=True)
+  ]
+  assert max(difference) <= 1  # grey levels
+
+
+def test_eight_devices_give_the_result_of_one_and_can_hand_over(uninterrupted, tmp_path):
+  run(tmp_path, '--config.training.n_iters=20', devices=8)
+  run(tmp_path, devices=1)  # a checkpoint of eight devices goes on on one
+  assert_close_run(tmp_path, uninterrupted)
+  run(tmp_path, '--config.training.n_iters=45', devices=8)  # and back
+  assert (45, 'training_loss') in history(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_result_of_one(uninterrupted, tmp_path):
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  group = [
+    start(
+      tmp_path,
+      f'--coordinator=127.0.0.1:{port}',
+      '--num_processes=2',
+      f'--process_id={i}',
+    )
+    for i in range(2)
+  ]
+  for process in group:
+    finish(process)
+  assert_close_run(tmp_path, uninterrupted)
+
+
+def test_divergence_stops_with_step_and_metric_and_keeps_the_checkpoints(tmp_path):
+  run(tmp_path, '--config.training.n_iters=10')
+  before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'checkpoints').rglob('*')}
+  state = final_state(tmp_path)
+  bad = jax.tree.map(lambda x: x * 1e30, state.params)
+  shutil.rmtree(tmp_path / 'checkpoints-meta')
+  with CheckpointDirectory(tmp_path / 'checkpoints-meta') as directory:
+    directory.save(11, state.replace(step=state.step + 1, params=bad))
+  process = start(tmp_path)
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 1
+  assert 'NonFiniteLoss: training_loss is' in output
+  assert 'at step 12' in output
+  assert 'Traceback' not in output
+  assert {path: path.stat().st_mtime_ns for path in (tmp_path / 'checkpoints').rglob('*')} == before
+
+
+def test_mistakes_on_the_command_line_are_one_sentence_without_traceback(uninterrupted, tmp_path):
+  cases = [
+    (uninterrupted, '--config.model.width=16', 'model.width (was 8, is 16)'),
+    (tmp_path, '--config.sampling.predictor=em', "Unknown predictor 'em'"),
+    (tmp_path, '--config.training.bach_size=3', 'bach_size'),
+    (tmp_path, '--config.training.batch_size=abc', 'batch_size'),
+  ]
+  processes = [start(workdir, override) for workdir, override, _ in cases]
+  for process, (_, override, message) in zip(processes, cases, strict=True):
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0, override
+    assert message in output
+    assert 'Traceback' not in output, output
+  assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_counts_every_test_image_once(uninterrupted, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(uninterrupted, workdir)
+  run(
+    workdir,
+    '--config.eval.enable_sampling=True',
+    '--config.eval.num_samples=70',
+    '--config.eval.begin_ckpt=4',
+    mode='eval',
+  )
+  mean_loss = np.load(workdir / 'eval' / 'ckpt_4_loss.npz')['mean_loss']
+  assert 0 < mean_loss < 2
+  assert np.load(workdir / 'eval' / 'ckpt_4_samples.npz')['samples'].shape == (70, 28, 28, 1)

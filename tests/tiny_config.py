@@ -1,0 +1,57 @@
+"""A user's configuration file that brings its own network: small, to train in seconds.
+
+It is what the README's "How to extend the code" describes, and what the fault tests run.
+"""
+
+import flax.linen as nn
+import jax
+import ml_collections
+
+from configs import recipes
+from configs.default_mnist_configs import get_default_configs
+from models import layers
+from models.utils import register_model
+
+
+@register_model(name='tiny')
+class Tiny(nn.Module):
+  """Two convolutions and a time embedding.
+
+  Attributes:
+    num_channels: image channels.
+    width: hidden channels.
+    dropout: dropout rate.
+  """
+
+  num_channels: int = 1
+  width: int = 8
+  dropout: float = 0.1
+
+  @nn.compact
+  def __call__(self, x: jax.Array, labels: jax.Array, train: bool = True) -> jax.Array:
+    temb = layers.dense(self.width)(layers.get_timestep_embedding(labels, 16))
+    h = nn.swish(layers.conv3x3(self.width)(x) + temb[:, None, None])
+    h = nn.Dropout(self.dropout, deterministic=not train)(layers.GroupNorm()(h))
+    return layers.conv3x3(self.num_channels, 0.1)(h)
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = get_default_configs()
+  recipes.vp(config)
+  config.model.name = 'tiny'
+  config.model.width = 8
+  config.model.num_scales = 5
+  config.model.ema_rate = 0.9
+  config.optim.warmup = 4
+  training = config.training
+  training.batch_size = 16
+  training.n_iters = 40
+  training.n_jitted_steps = 1
+  training.log_freq = 1
+  training.eval_freq = 5
+  training.snapshot_freq = 10
+  training.snapshot_freq_for_preemption = 5
+  config.eval.begin_ckpt = 1
+  config.eval.end_ckpt = 4
+  config.eval.batch_size = 64
+  return config
