@@ -166,8 +166,7 @@ def restore_newest(directories: list[CheckpointDirectory], like: State) -> State
   if damaged:
     paths = ', '.join(str(directory.path(number)) for directory, number in damaged)
     raise UserError(
-      f'All checkpoints are damaged ({paths}): restore one of them from a copy, or train into a new '
-      f'--workdir.'
+      f'All checkpoints are damaged ({paths}): restore one from a copy, or use a new --workdir.'
     )
   return None
 

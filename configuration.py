@@ -76,6 +76,8 @@ def _known_fields(section: str, config: Any, defaults: Any) -> dict[str, Any]:
   """Keys that a section may have, with an example of each value (None: any)."""
   known = dict.fromkeys(LEGACY.get(section, ())) | dict(defaults[section])
   if section == 'model':
+    # A configuration may set what another network or SDE reads, as the shared recipes do.
+    known = dict.fromkeys(mutils.all_model_fields() | sde_lib.all_sde_fields()) | known
     known |= mutils.model_fields(config.model.get('name', defaults.model.name))
     known |= sde_lib.sde_fields(config.training.get('sde', defaults.training.sde))
   if section == 'data':
@@ -107,7 +109,6 @@ def _check_type(name: str, value: Any, example: Any) -> None:
 def _check_values(config: ml_collections.ConfigDict) -> None:
   training, optim = config.training, config.optim
   sde = sde_lib.get_sde(config)
-  model = mutils.create_model(config)
   losses.get_optimizer(config)
   sampling.check(config, sde)
   datasets.check_batch_size(training.batch_size, 'training.batch_size')
@@ -126,7 +127,8 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
     )
   if not 0 <= config.model.ema_rate < 1:
     raise UserError(f'model.ema_rate={config.model.ema_rate} must be in [0, 1).')
-  # The objective refuses what it cannot do, and an abstract forward pass the shapes that do not fit.
+  # The network refuses shapes that do not fit in an abstract pass, the objective what it cannot do.
+  model, _, _ = mutils.abstract_model(config)
   losses.get_step_fn(
     sde,
     model,
@@ -136,7 +138,6 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
   )
   if not training.continuous:
     sde.perturb_discrete(*jax.numpy.zeros((3, 1)).astype(int))
-  jax.eval_shape(lambda rng: mutils.init_model(rng, config)[1:], jax.random.PRNGKey(0))
 
 
 def flatten(config: Any) -> dict[str, Any]:

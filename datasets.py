@@ -268,6 +268,66 @@ def cifar10(config: Any, split: str) -> TFDSSource:
   return tfds_source('cifar10', split, lambda image: resize(image, size))
 
 
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder:
+  """Image files, decoded when they are read, cropped to their central square and resized.
+
+  Attributes:
+    paths: the files.
+    size: height and width that they are brought to.
+    num_channels: 1 or 3.
+  """
+
+  paths: Sequence[pathlib.Path]
+  size: int
+  num_channels: int
+
+  def __len__(self) -> int:
+    return len(self.paths)
+
+  def __getitem__(self, i: int) -> Example:
+    with Image.open(self.paths[i]) as file:
+      image = np.asarray(file.convert('L' if self.num_channels == 1 else 'RGB'))
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image.reshape(height, width, -1)[top : top + side, left : left + side]
+    return {'image': resize(square, self.size), 'label': np.int32(0)}
+
+
+@register_dataset(name='CelebAHQ')
+@register_dataset(name='FFHQ')
+@register_dataset(name='ImageFolder')
+def image_folder(config: Any, split: str, *, path: str = '') -> ImageFolder:
+  """All image files below `config.data.path`, in the order of their names.
+
+  The splits are the subfolders `train` and `test` where both exist; else every tenth image is for
+  testing.
+
+  Raises:
+    UserError: if there are no image files.
+  """
+  root = pathlib.Path(path)
+  if path and (root / 'train').is_dir() and (root / 'test').is_dir():
+    paths = _image_files(root / split)
+  else:
+    paths = _image_files(root) if path else []
+    paths = [p for i, p in enumerate(paths) if (i % 10 == 9) == (split == 'test')]
+  if not paths:
+    raise UserError(
+      f'No images for the split {split!r} of {config.data.dataset} in config.data.path={path!r}: '
+      f'give a folder with files that end in {", ".join(IMAGE_SUFFIXES)}, in any case.'
+    )
+  return ImageFolder(paths, config.data.image_size, config.data.num_channels)
+
+
+def _image_files(root: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(p for p in root.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
 def resize(image: np.ndarray, size: int) -> np.ndarray:
   """A uint8 image at `size` x `size`, bilinear with antialiasing; unchanged if it has that size."""
   if image.shape[:2] == (size, size):

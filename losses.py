@@ -4,6 +4,7 @@ Every loss function has the form `loss_fn(rng, params, states, batch) -> (loss, 
 `batch` is {'image': (B, H, W, C)} in the range that the network expects.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,17 @@ class State:
 def init_state(rng: jax.Array, config: Any) -> tuple[nn.Module, State]:
   """The network that `config` describes and the state that training starts from."""
   model, model_state, params = mutils.init_model(rng, config)
-  state = State(
+  return model, _first_state(config, model_state, params)
+
+
+def abstract_state(config: Any) -> tuple[nn.Module, State]:
+  """What `init_state` returns, with shapes in place of arrays."""
+  model, model_state, params = mutils.abstract_model(config)
+  return model, jax.eval_shape(functools.partial(_first_state, config), model_state, params)
+
+
+def _first_state(config: Any, model_state: PyTree, params: PyTree) -> State:
+  return State(
     step=jnp.zeros((), jnp.int32),
     params=params,
     params_ema=jax.tree.map(jnp.copy, params),
@@ -57,7 +68,6 @@ def init_state(rng: jax.Array, config: Any) -> tuple[nn.Module, State]:
     model_state=model_state,
     ema_rate=config.model.ema_rate,
   )
-  return model, state
 
 
 @register_optimizer(name='Adam')

@@ -1,6 +1,9 @@
 """Trains and evaluates score models; `python main.py --help` lists the flags."""
 
 import os
+import pathlib
+import platform
+import runpy
 import sys
 
 from absl import app, flags, logging
@@ -32,6 +35,31 @@ _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Number of processe
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the command line; what `ml_collections` reports by traceback becomes a sentence."""
+  options = dict(argument.lstrip('-').partition('=')[::2] for argument in argv[1:])
+  path = options.get('config', '')
+  if path and not os.path.isfile(path):
+    sys.exit(f'--config={path} does not exist: give a file such as configs/vp/*.py.')
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError):
+    sys.exit(_unknown_override(path, options))
+
+
+def _unknown_override(path: str, options: dict[str, str]) -> str:
+  """Names the first `--config.x.y` that the configuration file does not have."""
+  for option in options:
+    section = runpy.run_path(path)['get_config']()
+    prefix, *keys = option.split('.')
+    for depth, key in enumerate(keys if prefix == 'config' else []):
+      if key not in section:
+        where = '.'.join(['config', *keys[:depth]])
+        return f'Unknown {where} key {key!r}: choose one of {", ".join(sorted(section))}.'
+      section = section[key]
+  return 'A --config override does not fit the configuration file.'
+
+
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}: all arguments are flags.')
@@ -54,6 +82,13 @@ def main(argv: list[str]) -> None:
     sys.exit(1)
 
 
+def _keep_compiled_programs() -> None:
+  """Lets JAX reuse what it compiled in an earlier run on this machine, unless told where to."""
+  cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
+  directory = cache / 'score_sde' / f'xla-{platform.node()}'
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(directory))
+
+
 def _use_huge_pages() -> None:
   """Starts this program again with huge memory pages on, where the C library offers them.
 
@@ -67,5 +102,6 @@ def _use_huge_pages() -> None:
 
 if __name__ == '__main__':
   _use_huge_pages()
+  _keep_compiled_programs()
   flags.mark_flags_as_required(['config', 'workdir', 'mode'])
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -1,6 +1,5 @@
 """Tables from a configuration's names to the classes or functions behind them."""
 
-from collections.abc import Callable
 from typing import Any
 
 from errors import UserError
@@ -20,13 +19,17 @@ class Registry:
   def register(self, cls: Any = None, *, name: str | None = None) -> Any:
     """Decorator, `@register` or `@register(name='...')`; the default name is the object's own.
 
+    Registering again under the same name what has the same qualified name replaces it: a notebook
+    cell or a configuration file may run twice.
+
     Raises:
-      ValueError: if the name is taken.
+      ValueError: if something else has the name.
     """
     if cls is None:
       return lambda cls: self.register(cls, name=name)
     key = cls.__name__ if name is None else name
-    if key in self._entries:
+    taken = self._entries.get(key)
+    if taken is not None and taken.__qualname__ != cls.__qualname__:
       raise ValueError(f'A {self.kind} named {key!r} is already registered; choose another name.')
     self._entries[key] = cls
     return cls
@@ -43,6 +46,3 @@ class Registry:
 
   def names(self) -> list[str]:
     return sorted(self._entries)
-
-
-Decorator = Callable[..., Any]

@@ -121,9 +121,9 @@ class _AboveProgressBar(io.TextIOBase):
 def log_to_console() -> None:
   """Shows warnings of all modules and the information of this project's."""
   logging.set_verbosity(logging.INFO)
-  logging.set_stderrthreshold('info')
   handler = logging.get_absl_handler()
   handler.python_handler.stream = _AboveProgressBar()
+  logging.set_stderrthreshold('fatal')  # or absl copies what the stream gets to standard error
   _set_up(handler)
 
 

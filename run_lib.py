@@ -128,12 +128,10 @@ def _stream(config: Any, stream: int) -> jax.Array:
 
 def _initial_state(config: Any, directories: list[CheckpointDirectory]) -> tuple[nn.Module, State]:
   """The network, and the newest saved state or that of step 0, on all devices."""
-  rng = _stream(config, _INIT)
-  model = losses.mutils.create_model(config)
-  like = jax.eval_shape(lambda rng: losses.init_state(rng, config)[1], rng)
+  model, like = losses.abstract_state(config)
   state = checkpoints.restore_newest(directories, like)
   if state is None:
-    state = parallelism.replicate(losses.init_state(rng, config)[1])
+    state = parallelism.replicate(losses.init_state(_stream(config, _INIT), config)[1])
   count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   logging.info('parameters: %d', count)
   return model, state
@@ -149,8 +147,8 @@ def _check_finite(chunks: list[jax.Array], step: int) -> float:
   bad = np.flatnonzero(~np.isfinite(values))
   if len(bad):
     raise NonFiniteLoss(
-      f'training_loss is {values[bad[0]]} at step {step - len(values) + 1 + bad[0]}; the checkpoints '
-      f'hold earlier steps. Lower optim.lr, lengthen optim.warmup or check the data.'
+      f'training_loss is {values[bad[0]]} at step {step - len(values) + 1 + bad[0]}; the '
+      f'checkpoints hold earlier steps. Lower optim.lr, lengthen optim.warmup or check the data.'
     )
   return float(values[-1])
 
@@ -164,8 +162,8 @@ def compile_train_step(
 ) -> Callable[[State, list[np.ndarray]], tuple[State, jax.Array]]:
   """The function `(state, n uint8 batches) -> (state, n losses)`; it consumes the state.
 
-  On accelerators the n steps are one compiled loop. On CPU, where a call costs nothing and XLA slows
-  convolutions in loops down, they are n calls of the same compiled step.
+  On accelerators the n steps are one compiled loop. On CPU, where a call costs nothing and XLA
+  slows convolutions in loops down, they are n calls of the same compiled step.
 
   Args:
     config: reads `training`, `optim`, `seed`.
@@ -330,10 +328,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, eval_folder: str =
     reporting.log_to_file(output / 'stdout.txt')
     configuration.log_start(config)
     sde = sde_lib.get_sde(config)
-    model = losses.mutils.create_model(config)
-    like = jax.eval_shape(
-      lambda rng: losses.init_state(rng, config)[1], jax.random.PRNGKey(config.seed)
-    )
+    model, like = losses.abstract_state(config)
     for number in wanted:
       state = snapshots.restore(number, like)
       if config.eval.enable_loss:

@@ -298,8 +298,13 @@ def check(config: Any, sde: SDE) -> None:
   _METHODS.get(config.sampling.method.lower())
   predictor = get_predictor(config.sampling.predictor.lower())
   corrector = get_corrector(config.sampling.corrector.lower())
-  predictor(sde, lambda x, t: x, config.sampling.probability_flow)
-  corrector(sde, lambda x, t: x, config.sampling.snr, config.sampling.n_steps_each)
+  settings = config.sampling
+  x, t = jnp.zeros((2, 2, 2, 1)), jnp.ones((2,))
+  for solver in (
+    predictor(sde, lambda x, t: x, settings.probability_flow),
+    corrector(sde, lambda x, t: x, settings.snr, settings.n_steps_each),
+  ):
+    jax.eval_shape(solver.update_fn, jax.random.PRNGKey(0), x, t)
 
 
 def get_sampling_fn(

@@ -210,6 +210,17 @@ class _LinearBetaSDE(SDE):
 
   @cached_property
   def alphas(self) -> np.ndarray:
+    """1 - beta_i of the DDPM chain.
+
+    Raises:
+      UserError: if the steps are so coarse that some are not positive.
+    """
+    if self.beta_max >= self.N:
+      raise UserError(
+        f'The discrete chain of {type(self).__name__} needs more steps than beta_max: '
+        f'got N={self.N} (model.num_scales) and beta_max={self.beta_max}; raise model.num_scales, or '
+        f'use the predictor euler_maruyama with the corrector none.'
+      )
     return 1 - self.discrete_betas
 
   def langevin_alpha(self, t: jax.Array) -> jax.Array:
@@ -240,8 +251,9 @@ class VPSDE(_LinearBetaSDE):
 
   def discretize(self, x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The DDPM chain x_{i+1} = sqrt(1 - beta_i) x_i + sqrt(beta_i) z_i (Eq. 10)."""
-    beta = jnp.asarray(self.discrete_betas)[self.timestep(t)]
-    return batch_mul(jnp.sqrt(1 - beta), x) - x, jnp.sqrt(beta)
+    i = self.timestep(t)
+    sqrt_alpha, beta = jnp.asarray(np.sqrt(self.alphas))[i], jnp.asarray(self.discrete_betas)[i]
+    return batch_mul(sqrt_alpha, x) - x, jnp.sqrt(beta)
 
   @cached_property
   def alphas_cumprod(self) -> np.ndarray:
@@ -273,8 +285,9 @@ class VPSDE(_LinearBetaSDE):
     self, score_fn: ScoreFn, x: jax.Array, t: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """DDPM's ancestral sampling (Eq. 4), with the standard deviation sqrt(beta_i)."""
-    beta = jnp.asarray(self.discrete_betas)[self.timestep(t)]
-    mean = batch_mul(1 / jnp.sqrt(1 - beta), x + batch_mul(beta, score_fn(x, t)))
+    i = self.timestep(t)
+    sqrt_alpha, beta = jnp.asarray(np.sqrt(self.alphas))[i], jnp.asarray(self.discrete_betas)[i]
+    mean = batch_mul(1 / sqrt_alpha, x + batch_mul(beta, score_fn(x, t)))
     return mean, jnp.sqrt(beta)
 
 
@@ -403,6 +416,11 @@ def sde_fields(name: str) -> dict[str, Any]:
   """The keys of `config.model` that the SDE registered as `name` reads, with their defaults."""
   fields = dataclasses.fields(_SDES.get(name.lower()))
   return {'num_scales' if f.name == 'N' else f.name: default_of(f) for f in fields}
+
+
+def all_sde_fields() -> set[str]:
+  """The keys that any registered SDE reads."""
+  return set().union(*(sde_fields(name) for name in _SDES.names()))
 
 
 def default_of(field: dataclasses.Field) -> Any:

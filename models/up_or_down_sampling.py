@@ -30,11 +30,11 @@ def _upfirdn_axis(
   size = (length * up + sum(pad) - len(taps)) // down + 1
   # A tap meets a sample only where its position in z is a multiple of `up`: one phase of the output
   # at a time, each a plain filter of x.
+  count = -(-size // up)
   phases = []
   for phase in range(up):
     reach = [(phase + k - pad[0], tap) for k, tap in enumerate(taps[::-1])]
     shifts = [(offset // up, tap) for offset, tap in reach if offset % up == 0]
-    count = -(-(size - phase) // up)
     low = max(0, -min(shift for shift, _ in shifts))
     high = max(0, max(shift for shift, _ in shifts) + (count - 1) * down + 1 - length)
     widths = [(0, 0)] * x.ndim
@@ -48,8 +48,9 @@ def _upfirdn_axis(
     )
   if up == 1:
     return phases[0]
-  shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
-  return jnp.stack(phases, axis=axis + 1).reshape(shape)
+  shape = (*x.shape[:axis], count * up, *x.shape[axis + 1 :])
+  interleaved = jnp.stack(phases, axis=axis + 1).reshape(shape)
+  return lax.slice_in_dim(interleaved, 0, size, axis=axis)
 
 
 def upfirdn_2d(

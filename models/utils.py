@@ -43,6 +43,11 @@ def model_fields(name: str) -> dict[str, Any]:
   return {f.name: default_of(f) for f in fields if f.name not in ('parent', 'name')}
 
 
+def all_model_fields() -> set[str]:
+  """The fields of all registered networks."""
+  return set().union(*(model_fields(name) for name in _MODELS.names()))
+
+
 def init_model(rng: jax.Array, config: Any) -> tuple[nn.Module, PyTree, PyTree]:
   """Builds the configured network and draws its parameters.
 
@@ -50,18 +55,31 @@ def init_model(rng: jax.Array, config: Any) -> tuple[nn.Module, PyTree, PyTree]:
     The module, its mutable collections other than the parameters (often empty), the parameters.
   """
   model = create_model(config)
-  params_rng, dropout_rng = jax.random.split(rng)
+  # Hundreds of small random draws that run once: on CPU they take longer to optimize than to run.
+  options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+  init = jax.jit(_initializer(model, config), compiler_options=options)
+  return model, *init(rng)
+
+
+def abstract_model(config: Any) -> tuple[nn.Module, PyTree, PyTree]:
+  """What `init_model` returns, with shapes in place of arrays and without computing anything."""
+  model = create_model(config)
+  return model, *jax.eval_shape(_initializer(model, config), jax.random.PRNGKey(0))
+
+
+def _initializer(model: nn.Module, config: Any) -> Callable[[jax.Array], tuple[PyTree, PyTree]]:
+  """The function `rng -> (other collections, parameters)`."""
   size = config.data.image_size
-  image = jnp.zeros((1, size, size, config.data.num_channels))
-  label = jnp.ones((1,))
 
-  @jax.jit
-  def init():
-    return model.init({'params': params_rng, 'dropout': dropout_rng}, image, label, train=False)
+  def init(rng):
+    params_rng, dropout_rng = jax.random.split(rng)
+    image = jnp.zeros((1, size, size, config.data.num_channels))
+    rngs = {'params': params_rng, 'dropout': dropout_rng}
+    model_state = dict(model.init(rngs, image, jnp.ones((1,)), train=False))
+    params = model_state.pop('params')
+    return model_state, params
 
-  model_state = dict(init())
-  params = model_state.pop('params')
-  return model, model_state, params
+  return init
 
 
 def get_model_fn(

@@ -29,24 +29,26 @@ def _assert_same(actual, expected):
     np.testing.assert_array_equal(a, b)
 
 
-def _largest_file(directory):
-  return max((p for p in directory.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+def _array_files(directory):
+  """The files that hold the arrays; the smallest arrays are in their index."""
+  return [path for path in directory.glob('state/**/d/*') if path.is_file()]
 
 
 def _flip_a_bit(directory):
-  file = _largest_file(directory)
-  data = bytearray(file.read_bytes())
-  data[len(data) // 2] ^= 1
-  file.write_bytes(data)
+  for file in _array_files(directory):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
 
 
 def _truncate(directory):
-  file = _largest_file(directory)
-  file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+  for file in _array_files(directory):
+    file.write_bytes(file.read_bytes()[:-1])
 
 
 def _lose_a_file(directory):
-  _largest_file(directory).unlink()
+  for file in _array_files(directory):
+    file.unlink()
 
 
 def _lose_the_metadata(directory):

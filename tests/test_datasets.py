@@ -111,6 +111,28 @@ def test_wrong_shapes_and_batches_are_refused_by_name(config, monkeypatch):
     datasets.get_dataset(config)
 
 
+def test_image_folder_is_split_cropped_and_resized(config, tmp_path):
+  for i in range(20):
+    suffix = ('.png', '.JPEG', '.bmp')[i % 3]
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, 10:50] = 10 * i  # the central square
+    (tmp_path / str(i % 2)).mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(tmp_path / str(i % 2) / f'{i:02d}{suffix}', quality=100)
+  config.data.dataset = 'ImageFolder'
+  config.data.path = str(tmp_path)
+  train, test = (datasets.get_source(config, split) for split in ('train', 'test'))
+  assert (len(train), len(test)) == (18, 2)
+  assert not set(train.paths) & set(test.paths)
+  for i, path in enumerate(train.paths):
+    image = train[i]['image']
+    assert image.shape == (28, 28, 1)
+    np.testing.assert_allclose(image[4:-4, 4:-4], 10 * int(path.stem), atol=1)
+
+  config.data.path = str(tmp_path / 'nowhere')
+  with pytest.raises(UserError, match="No images for the split 'train' of ImageFolder"):
+    datasets.get_dataset(config)
+
+
 def test_resize_is_the_identity_at_its_size_and_keeps_constants():
   image = np.full((48, 48, 3), 77, np.uint8)
   assert datasets.resize(image, 48) is image

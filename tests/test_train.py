@@ -71,9 +71,7 @@ def history(workdir):
 
 
 def final_state(workdir):
-  like = jax.eval_shape(
-    lambda: losses.init_state(jax.random.PRNGKey(0), tiny_config.get_config())[1]
-  )
+  _, like = losses.abstract_state(tiny_config.get_config())
   with CheckpointDirectory(workdir / 'checkpoints-meta') as latest:
     return checkpoints.restore_newest([latest], like)
 

@@ -1,0 +1,29 @@
+# `make demo` and `make test` work from nothing: each makes its own virtual environment.
+PYTHON ?= python3
+VENV := .venv
+DEMO := runs/demo
+
+.PHONY: demo test lint clean
+
+$(VENV)/run: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/run
+	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/run
+	$(VENV)/bin/python main.py --mode=train --config=configs/vp/mnist_ddpmpp_continuous.py --workdir=$(DEMO)
+	@echo "Samples: $$(ls -d $(DEMO)/samples/*/sample.png | tail -n 1)"
+
+test: $(VENV)/dev
+	$(VENV)/bin/python -m pytest -q
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs
