@@ -44,7 +44,15 @@ class CheckpointDirectory:
 
   def __init__(self, directory: pathlib.Path, keep: int | None = None):
     self.directory = pathlib.Path(directory).resolve()
-    options = ocp.CheckpointManagerOptions(step_prefix=PREFIX, max_to_keep=keep, create=True)
+    options = ocp.CheckpointManagerOptions(
+      step_prefix=PREFIX,
+      max_to_keep=keep,
+      create=True,
+      # Processes meet under a name; two directories that are saved at a time need two.
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        barrier_sync_key_prefix=self.directory.name
+      ),
+    )
     self._manager = ocp.CheckpointManager(self.directory, options=options)
 
   def __enter__(self) -> 'CheckpointDirectory':
