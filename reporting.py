@@ -45,9 +45,10 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def image_grid(images: np.ndarray, padding: int = 2) -> Image.Image:
-  """uint8 images (B, H, W, C) in a grid as square as can be, row by row."""
+  """uint8 images (B, H, W, C) row by row in a grid, full and as square as that allows."""
   count, height, width, channels = images.shape
-  columns = int(np.ceil(np.sqrt(count)))
+  root = int(np.ceil(np.sqrt(count)))
+  columns = next((n for n in range(root, 2 * root) if count % n == 0), root)
   rows = -(-count // columns)
   cell_h, cell_w = height + padding, width + padding
   grid = np.zeros((rows * cell_h + padding, columns * cell_w + padding, channels), np.uint8)

@@ -76,7 +76,7 @@ def test_combinations_that_cannot_work_are_refused(monkeypatch):
 
   config = mnist_ddpmpp_continuous.get_config()
   monkeypatch.setattr(jax, 'device_count', lambda: 5)
-  with pytest.raises(UserError, match='batch_size=64 cannot be split over 5 devices'):
+  with pytest.raises(UserError, match='batch_size=32 cannot be split over 5 devices'):
     configuration.prepare(config)
 
 

@@ -236,8 +236,12 @@ def test_two_processes_give_the_result_of_one(uninterrupted, tmp_path):
     )
     for i in range(2)
   ]
-  for process in group:
-    finish(process)
+  try:
+    for process in group:
+      finish(process)
+  finally:
+    for process in group:
+      process.kill()
   assert_close_run(tmp_path, uninterrupted)
 
 
