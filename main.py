@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
       run_lib.train(_CONFIG.value, _WORKDIR.value)
     else:
       run_lib.evaluate(_CONFIG.value, _WORKDIR.value, _EVAL_FOLDER.value)
-  except (UserError, run_lib.NonFiniteLoss) as error:
+  except (UserError, FloatingPointError) as error:
     logging.get_absl_handler().flush()
     print(f'{type(error).__name__}: {error}', file=sys.stderr)
     sys.exit(1)

@@ -95,7 +95,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
           metrics.scalar('training_loss', loss, step)
           progress.set_postfix(loss=f'{loss:.4g}')
         if step % training.eval_freq == 0:
-          batch = eval_ds.batch(step // training.eval_freq)['image']
+          images = eval_ds.batch(step // training.eval_freq)['image']
+          batch = parallelism.global_batch(images)
           metrics.scalar('eval_loss', float(eval_step(state, batch)), step)
         if snapshot_due:
           snapshots.save(-(-step // training.snapshot_freq), state)
@@ -221,8 +222,8 @@ def compile_train_step(
 
 def compile_eval_step(
   config: Any, sde: SDE, model: nn.Module, preprocess: datasets.Preprocess
-) -> Callable[[State, np.ndarray], jax.Array]:
-  """The function `(state, uint8 batch) -> loss` of the EMA parameters."""
+) -> Callable[[State, jax.Array], jax.Array]:
+  """The function `(state, global uint8 batch) -> loss` of the EMA parameters."""
   training = config.training
   step_fn = losses.get_step_fn(
     sde,
@@ -237,11 +238,11 @@ def compile_eval_step(
   @jax.jit
   def compiled(state: State, images: jax.Array) -> jax.Array:
     data_rng, step_rng = jax.random.split(jax.random.fold_in(root, state.step))
-    batch = {'image': preprocess(data_rng, images)}
+    batch = {'image': preprocess(data_rng, parallelism.shard_batch(images))}
     _, loss = step_fn((step_rng, state), batch)
     return loss
 
-  return lambda state, images: compiled(state, parallelism.global_batch(images))
+  return compiled
 
 
 class SampleDrawer:
@@ -347,10 +348,10 @@ def _test_loss(config: Any, sde: SDE, model: nn.Module, state: State) -> np.floa
   eval_step = compile_eval_step(config, sde, model, dataset.preprocess)
   total, count = np.float64(0), len(dataset.source)
   for start in tqdm.trange(0, count, dataset.batch_size, unit='batch', disable=None):
-    rows = [
-      dataset.source[i]['image'] for i in range(start, min(start + dataset.batch_size, count))
-    ]
-    total += np.float64(eval_step(state, np.stack(rows))) * len(rows)
+    stop = min(start + dataset.batch_size, count)
+    images = np.stack([dataset.source[i]['image'] for i in range(start, stop)])
+    # Whole in every process: the last batch may be one that devices cannot share equally.
+    total += np.float64(eval_step(state, parallelism.replicate(images))) * len(images)
   return total / count
 
 

@@ -47,6 +47,7 @@ def get_default_configs() -> ml_collections.ConfigDict:
   data.random_flip = True
   data.centered = False  # scale images to [-1, 1] instead of [0, 1]
   data.uniform_dequantization = False
+  data.path = ''  # folder of images, for data.dataset='ImageFolder'
 
   config.model = model = ml_collections.ConfigDict()
   model.name = 'ncsnpp'

@@ -127,6 +127,7 @@ def test_loss_optimizer_data_and_sampler_work_with_everything_replaced(config):
   np.testing.assert_allclose(samples.std(), 0.3, rtol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('predictor', sampling._PREDICTORS.names())
 @pytest.mark.parametrize('corrector', sampling._CORRECTORS.names())
 @pytest.mark.parametrize('sde', ['vpsde', 'subvpsde', 'vesde', 'constant_beta'])

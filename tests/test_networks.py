@@ -8,16 +8,16 @@ import pytest
 from models import utils
 from tests import golden_values as golden
 
-NETWORKS = [
-  've_ncsnpp_continuous',
+QUICK = ['ve_ncsnpp_continuous', 'vp_ddpmpp_continuous']
+SLOW = [
   've_ncsnpp_discrete',
   've_ncsnpp_1024_style',
-  'vp_ddpmpp_continuous',
   'subvp_ddpmpp_continuous',
   'vp_ncsnpp_continuous',
   'vp_ncsnpp_cat_skip',
   'vp_ncsnpp_ddpmblocks_residual',
 ]
+NETWORKS = QUICK + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
 
 
 @pytest.mark.parametrize('name', NETWORKS)

@@ -10,7 +10,11 @@ import sde_lib
 from models import utils
 from tests import golden_values as golden
 
-NETWORKS = ['ve_ncsnpp_continuous', 'vp_ddpmpp_continuous', 'subvp_ddpmpp_continuous']
+NETWORKS = [
+  'vp_ddpmpp_continuous',
+  pytest.param('ve_ncsnpp_continuous', marks=pytest.mark.slow),
+  pytest.param('subvp_ddpmpp_continuous', marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize('name', NETWORKS)
