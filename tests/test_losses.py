@@ -99,6 +99,7 @@ def test_learning_rate_warms_up_linearly_and_the_gradient_is_clipped(warmup):
   for step in range(6):
     updates, state = optimizer.update({'w': jnp.asarray([300.0, -400.0])}, state, params)
     rate = 0.1 * min(step / warmup, 1) if warmup else 0.1
-    np.testing.assert_allclose(updates['w'], [-rate, rate], rtol=1e-5, atol=1e-9)
+    # Adam divides by 1 - 0.999^k, which single precision knows to 1e-7 / 1e-3.
+    np.testing.assert_allclose(updates['w'], [-rate, rate], rtol=1e-4, atol=1e-9)
   moments = jax.tree.leaves(state)
   assert any(np.allclose(leaf, [0.6 * (1 - 0.9**6), -0.8 * (1 - 0.9**6)]) for leaf in moments)
