@@ -16,7 +16,7 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/run
 
 demo: $(VENV)/run
 	$(VENV)/bin/python main.py --mode=train --config=configs/vp/mnist_ddpmpp_continuous.py --workdir=$(DEMO)
-	@echo "Samples: $$(ls -d $(DEMO)/samples/*/sample.png -t | head -n 1)"
+	@echo "Samples: $$(ls -t $(DEMO)/samples/*/sample.png | head -n 1)"
 
 test: $(VENV)/dev
 	$(VENV)/bin/python -m pytest -q
