@@ -129,13 +129,7 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
     raise UserError(f'model.ema_rate={config.model.ema_rate} must be in [0, 1).')
   # The network refuses shapes that do not fit in an abstract pass, the objective what it cannot do.
   model, _, _ = mutils.abstract_model(config)
-  losses.get_step_fn(
-    sde,
-    model,
-    train=False,
-    continuous=training.continuous,
-    likelihood_weighting=training.likelihood_weighting,
-  )
+  losses.build_step_fn(config, sde, model, train=False)
   if not training.continuous:
     sde.perturb_discrete(*jax.numpy.zeros((3, 1)).astype(int))
 

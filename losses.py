@@ -251,3 +251,19 @@ def get_step_fn(
     return (rng, state), loss
 
   return step_fn
+
+
+def build_step_fn(
+  config: Any, sde: SDE, model: nn.Module, train: bool
+) -> Callable[[tuple[jax.Array, State], dict[str, jax.Array]], tuple]:
+  """`get_step_fn` as `config.training` and `config.optim` ask."""
+  training = config.training
+  return get_step_fn(
+    sde,
+    model,
+    train,
+    optimize_fn=optimization_manager(config) if train else None,
+    reduce_mean=training.reduce_mean,
+    continuous=training.continuous,
+    likelihood_weighting=training.likelihood_weighting,
+  )

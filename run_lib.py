@@ -173,16 +173,7 @@ def compile_train_step(
     preprocess: see `datasets.get_preprocess_fn`.
     fused: overrides the choice.
   """
-  training = config.training
-  step_fn = losses.get_step_fn(
-    sde,
-    model,
-    train=True,
-    optimize_fn=losses.optimization_manager(config),
-    reduce_mean=training.reduce_mean,
-    continuous=training.continuous,
-    likelihood_weighting=training.likelihood_weighting,
-  )
+  step_fn = losses.build_step_fn(config, sde, model, train=True)
   root = _stream(config, _TRAIN)
 
   def one_step(state: State, images: jax.Array) -> tuple[State, jax.Array]:
@@ -224,15 +215,7 @@ def compile_eval_step(
   config: Any, sde: SDE, model: nn.Module, preprocess: datasets.Preprocess
 ) -> Callable[[State, jax.Array], jax.Array]:
   """The function `(state, global uint8 batch) -> loss` of the EMA parameters."""
-  training = config.training
-  step_fn = losses.get_step_fn(
-    sde,
-    model,
-    train=False,
-    reduce_mean=training.reduce_mean,
-    continuous=training.continuous,
-    likelihood_weighting=training.likelihood_weighting,
-  )
+  step_fn = losses.build_step_fn(config, sde, model, train=False)
   root = _stream(config, _EVAL)
 
   @jax.jit

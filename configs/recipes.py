@@ -70,8 +70,8 @@ def laptop(config: ml_collections.ConfigDict) -> None:
   """A network and a schedule that two CPU cores train in ten minutes."""
   training = config.training
   training.batch_size = 32
-  training.n_iters = 1000
-  training.snapshot_freq = 500
+  training.n_iters = 2000
+  training.snapshot_freq = 1000
   training.snapshot_freq_for_preemption = 100
   training.log_freq = 10
   training.eval_freq = 50
@@ -84,7 +84,7 @@ def laptop(config: ml_collections.ConfigDict) -> None:
   model.attn_resolutions = (7,)
   model.dropout = 0.0
   model.num_scales = 250
-  model.ema_rate = 0.99
+  model.ema_rate = 0.995
 
   config.optim.lr = 2e-3
   config.optim.warmup = 50

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import parallelism
+
 _DIMENSION_NUMBERS = ('NHWC', 'HWIO', 'NHWC')
 _PATCH_BYTES = 2**21  # of one group of images in the weight gradient; larger falls out of cache
 
@@ -50,8 +52,6 @@ def conv_general_dilated(
 
 def _forward(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax.Array:
   """Convolution at stride 1 with an odd kernel and 'SAME' padding."""
-  if kernel.shape[:2] == (1, 1):
-    return jnp.matmul(x, kernel[0, 0])
   return lax.conv_general_dilated(
     x, kernel, (1, 1), 'SAME', rhs_dilation=dilation, dimension_numbers=_DIMENSION_NUMBERS
   )
@@ -82,39 +82,47 @@ def _weight_grad_xla(x, dy, kernel, dilation):
 
 
 def _weight_grad_cpu(x, dy, kernel, dilation):
-  """Sum over groups of images of patches^T dy, the patches of one group made at a time."""
-  batch, height, width, channels = x.shape
-  kernel_h, kernel_w = kernel.shape[:2]
-  pads = tuple((d * (n // 2),) * 2 for d, n in zip(dilation, (kernel_h, kernel_w), strict=True))
+  """Each device sums over its own images, and the devices add up once."""
+  mesh = parallelism.mesh()
+  local = functools.partial(_weight_grad_local, kernel_shape=kernel.shape, dilation=dilation)
+  if mesh.size == 1 or x.shape[0] % mesh.size:
+    return local(x, dy).astype(kernel.dtype)
+  batch = parallelism.batch_sharding().spec
+  total = jax.shard_map(
+    lambda x, dy: lax.psum(local(x, dy), mesh.axis_names),
+    mesh=mesh,
+    in_specs=(batch, batch),
+    out_specs=parallelism.replicated().spec,
+    check_vma=False,  # the sum starts from zeros, which are the same on all devices
+  )
+  return total(x, dy).astype(kernel.dtype)
 
-  def patches_of(x):  # (g, H, W, C) -> (g H W, kh kw C)
+
+def _weight_grad_local(x, dy, kernel_shape, dilation):
+  """Sum of patches^T dy in single precision, over the patches of one group of images at a time."""
+  batch, height, width, channels = x.shape
+  kernel_h, kernel_w, _, features = kernel_shape
+  pads = tuple((d * (n // 2),) * 2 for d, n in zip(dilation, (kernel_h, kernel_w), strict=True))
+  bytes_per_image = height * width * kernel_h * kernel_w * channels * x.dtype.itemsize
+  size = _group_size(batch, max(1, _PATCH_BYTES // bytes_per_image))
+
+  def taps_of(x):  # (g, H, W, C) -> (kh kw, g H W, C); faster than patches (g H W, kh kw C)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     taps = [
       x[:, i * dilation[0] :][:, :height, j * dilation[1] :][:, :, :width]
       for i in range(kernel_h)
       for j in range(kernel_w)
     ]
-    return jnp.concatenate(taps, axis=-1).reshape(-1, kernel_h * kernel_w * channels)
+    return jnp.stack(taps).reshape(kernel_h * kernel_w, -1, channels)
 
-  def accumulate(total, group):
-    x, dy = group
-    dy = dy.reshape(-1, dy.shape[-1])
-    return total + jnp.matmul(patches_of(x).T, dy, preferred_element_type=total.dtype), None
+  def accumulate(i, total):
+    # Sliced here: an array regrouped before the loop would be one more copy in memory.
+    x_group, dy_group = (lax.dynamic_slice_in_dim(a, i * size, size) for a in (x, dy))
+    taps, dy_rows = taps_of(x_group), dy_group.reshape(-1, features)
+    return total + jnp.einsum('knc,no->kco', taps, dy_rows, preferred_element_type=total.dtype)
 
-  bytes_per_image = height * width * kernel_h * kernel_w * channels * x.dtype.itemsize
-  devices = jax.device_count()
-  size = _group_size(batch, max(1, _PATCH_BYTES // bytes_per_image, devices))
-
-  def group(a):
-    if devices == 1:
-      return a.reshape(batch // size, size, *a.shape[1:])
-    # A batch that is split over devices in contiguous blocks: a group takes every (batch / size)-th
-    # image, so that each device has its share of each group.
-    return jnp.moveaxis(a.reshape(size, batch // size, *a.shape[1:]), 1, 0)
-
-  zero = jnp.zeros((kernel_h * kernel_w * channels, dy.shape[-1]), jnp.float32)
-  total, _ = lax.scan(accumulate, zero, (group(x), group(dy)))
-  return total.reshape(kernel.shape).astype(kernel.dtype)
+  zero = jnp.zeros((kernel_h * kernel_w, channels, features), jnp.float32)
+  return lax.fori_loop(0, batch // size, accumulate, zero).reshape(kernel_shape)
 
 
 def _group_size(batch: int, limit: int) -> int:

@@ -92,12 +92,15 @@ def downsample_2d(x: jax.Array, kernel: FirKernel) -> jax.Array:
 
 def naive_upsample_2d(x: jax.Array) -> jax.Array:
   """Doubles height and width by repetition."""
-  return upfirdn_2d(x, (1, 1), up=2, pad=(1, 0), gain=2)
+  batch, height, width, channels = x.shape
+  repeated = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+  return repeated.reshape(batch, 2 * height, 2 * width, channels)
 
 
 def naive_downsample_2d(x: jax.Array) -> jax.Array:
   """Halves height and width by averaging 2x2 blocks."""
-  return upfirdn_2d(x, (1, 1), down=2)
+  batch, height, width, channels = x.shape
+  return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
 
 
 class Conv2d(nn.Module):
