@@ -15,14 +15,14 @@ def get_default_configs() -> ml_collections.ConfigDict:
   config.sampling.snr = 0.075
 
   evaluate = config.eval
-  evaluate.begin_ckpt = 50
-  evaluate.end_ckpt = 96
+  evaluate.begin_ckpt = 1
+  evaluate.end_ckpt = 48
   evaluate.batch_size = 512
 
   data = config.data
-  data.dataset = 'LSUN'
+  data.dataset = 'LSUN'  # and data.category says which of LSUN's
   data.image_size = 256
-  data.category = ''  # 'bedroom', 'church_outdoor' or another of LSUN
+  data.random_flip = False
 
   model = config.model
   model.sigma_max = 378.0

@@ -82,8 +82,8 @@ def test_losses_and_three_training_steps_agree_with_recorded_values(name, record
   assert int(state.step) == int(recorded['step'])
 
   # The output does not depend on the bias of attention's keys (the softmax removes it), nor on what
-  # adds a constant to a channel that is a normalization group of its own. Their gradient is rounding
-  # error, which Adam scales up to an update of any size.
+  # adds a constant to a channel that is a normalization group of its own. Such gradients are
+  # rounding error, which Adam scales up to an update of any size.
   names = recorded['param_names'].tolist()
   grad_norms = network['grad_norms']
   defined = (grad_norms == 0) | (grad_norms > 1e-6 * grad_norms.max())
