@@ -24,6 +24,7 @@ from models import utils as mutils
 LEGACY = {
   'model': {'attention_type', 'conv_size'},
   'optim': {'amsgrad'},
+  'data': {'tfrecords_path', 'category'},
 }
 
 # Fields that may change when a run goes on: they do not alter the training itself.

@@ -268,6 +268,44 @@ def cifar10(config: Any, split: str) -> TFDSSource:
   return tfds_source('cifar10', split, lambda image: resize(image, size))
 
 
+@register_dataset(name='SVHN')
+def svhn(config: Any, split: str) -> TFDSSource:
+  """The cropped digits of Street View House Numbers through TensorFlow Datasets."""
+  size = config.data.image_size
+  return tfds_source('svhn_cropped', split, lambda image: resize(image, size))
+
+
+@register_dataset(name='CELEBA')
+def celeba(config: Any, split: str) -> TFDSSource:
+  """CelebA through TensorFlow Datasets, the central 140 pixels; tested on its validation split."""
+  size = config.data.image_size
+  return tfds_source(
+    'celeb_a', _validation(split), lambda image: resize(central_crop(image, 140), size)
+  )
+
+
+@register_dataset(name='LSUN')
+def lsun(config: Any, split: str, *, category: str = '') -> TFDSSource:
+  """One category of LSUN through TensorFlow Datasets; tested on its validation split.
+
+  Raises:
+    UserError: without a category.
+  """
+  if not category:
+    raise UserError(
+      "data.dataset='LSUN' needs a data.category, such as 'bedroom' or 'church_outdoor'."
+    )
+  size = config.data.image_size
+  return tfds_source(
+    f'lsun/{category}', _validation(split), lambda image: resize(central_crop(image), size)
+  )
+
+
+def _validation(split: str) -> str:
+  """The split of data sets that published numbers evaluate on their validation split."""
+  return 'validation' if split == 'test' else split
+
+
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
 
 
@@ -291,10 +329,7 @@ class ImageFolder:
   def __getitem__(self, i: int) -> Example:
     with Image.open(self.paths[i]) as file:
       image = np.asarray(file.convert('L' if self.num_channels == 1 else 'RGB'))
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image.reshape(height, width, -1)[top : top + side, left : left + side]
+    square = central_crop(image.reshape(*image.shape[:2], -1))
     return {'image': resize(square, self.size), 'label': np.int32(0)}
 
 
@@ -326,6 +361,14 @@ def image_folder(config: Any, split: str, *, path: str = '') -> ImageFolder:
 
 def _image_files(root: pathlib.Path) -> list[pathlib.Path]:
   return sorted(p for p in root.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def central_crop(image: np.ndarray, side: int | None = None) -> np.ndarray:
+  """The central square of an image (H, W, C), as large as it can be or of the given side."""
+  height, width = image.shape[:2]
+  side = side or min(height, width)
+  top, left = (height - side) // 2, (width - side) // 2
+  return image[top : top + side, left : left + side]
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:

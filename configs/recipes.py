@@ -66,6 +66,61 @@ def ddpmpp(config: ml_collections.ConfigDict) -> None:
   config.model.progressive_input = 'none'
 
 
+def deep(config: ml_collections.ConfigDict) -> None:
+  """The deep variants: twice the residual blocks, fewer iterations."""
+  config.model.num_res_blocks = 8
+  config.training.n_iters = 950001
+  config.eval.end_ckpt = 19
+
+
+def ncsnpp_256(config: ml_collections.ConfigDict) -> None:
+  """NCSN++ for 256px: seven resolutions, image pyramids at the input and at the output."""
+  ncsnpp(config)
+  model = config.model
+  model.ch_mult = (1, 1, 2, 2, 2, 2, 2)
+  model.num_res_blocks = 2
+  model.progressive = 'output_skip'
+  model.progressive_input = 'input_skip'
+
+
+def ncsnpp_1024(config: ml_collections.ConfigDict) -> None:
+  """NCSN++ for 1024px: thin and of eight resolutions, trained with the mean over pixels."""
+  ncsnpp_256(config)
+  model = config.model
+  model.nf = 16
+  model.ch_mult = (1, 2, 4, 8, 16, 32, 32, 32)
+  model.num_res_blocks = 1
+  model.ema_rate = 0.9999
+  config.training.reduce_mean = True
+
+
+def ddpm(config: ml_collections.ConfigDict) -> None:
+  """DDPM's network (Ho et al. 2020) for 32px."""
+  model = config.model
+  model.name = 'ddpm'
+  model.nonlinearity = 'swish'
+  model.nf = 128
+  model.ch_mult = (1, 2, 2, 2)
+  model.num_res_blocks = 2
+  model.attn_resolutions = (16,)
+  model.resamp_with_conv = True
+  model.conditional = True
+
+
+def ddpm_256(config: ml_collections.ConfigDict) -> None:
+  """DDPM's network for 256px, where it needs a lower learning rate."""
+  ddpm(config)
+  config.model.ch_mult = (1, 1, 2, 2, 4, 4)
+  config.model.num_scales = 1000
+  config.optim.lr = 2e-5
+
+
+def discrete(config: ml_collections.ConfigDict) -> None:
+  """Training on the steps of the chain behind the SDE: SMLD's for VE (Eq. 1), DDPM's for VP."""
+  config.training.continuous = False
+  config.model.embedding_type = 'positional'
+
+
 def laptop(config: ml_collections.ConfigDict) -> None:
   """A network and a schedule that two CPU cores train in ten minutes."""
   training = config.training

@@ -1,3 +1,5 @@
-"""Score networks; `models.utils` is the way in. Importing the package registers those below."""
+"""Networks; `models.utils` is the way in. Importing the package registers those below."""
 
+from models import ddpm as ddpm
 from models import ncsnpp as ncsnpp
+from models import wideresnet_noise_conditional as wideresnet_noise_conditional

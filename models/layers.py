@@ -1,7 +1,7 @@
 """Layers that the networks share: initializers, embeddings, convolutions, attention."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -32,6 +32,17 @@ def get_act(name: str) -> Activation:
       f'Unknown model.nonlinearity {name!r}: choose one of {", ".join(_ACTIVATIONS)}.'
     )
   return _ACTIVATIONS[name.lower()]
+
+
+def check_halvings(image_size: int, ch_mult: Sequence[int]) -> None:
+  """Raises `UserError` unless images can be halved between the resolutions of a U-Net."""
+  halvings = len(ch_mult) - 1
+  if image_size % 2**halvings:
+    raise UserError(
+      f'data.image_size={image_size} cannot be halved {halvings} times, as the '
+      f'{halvings + 1} entries of model.ch_mult={tuple(ch_mult)} ask: '
+      f'use a multiple of {2**halvings} or fewer entries.'
+    )
 
 
 def default_init(scale: float = 1.0) -> nn.initializers.Initializer:
@@ -65,23 +76,28 @@ def dense(features: int) -> nn.Dense:
 
 
 class GroupNorm(nn.Module):
-  """Group normalization (Wu and He 2018) with at most 32 groups of at least 4 channels.
+  """Group normalization (Wu and He 2018).
 
   Sums over pixels come first and sums over the channels of a group second, and the result is one
   multiply-add per pixel: several times faster on CPU than normalizing a regrouped array.
+
+  Attributes:
+    num_groups: None makes at most 32 groups of at least 4 channels.
+    epsilon: added to the variance.
   """
 
+  num_groups: int | None = None
   epsilon: float = 1e-6
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     batch, channels = x.shape[0], x.shape[-1]
-    groups = min(channels // 4, 32)
+    groups = self.num_groups or min(channels // 4, 32)
     if groups == 0 or channels % groups:
       raise UserError(
-        f'Group normalization cannot split {channels} channels into {groups or 1} groups of at '
-        f'least 4: choose model.nf (and model.ch_mult) so that all widths up to 128 are multiples '
-        f'of 4 and larger ones multiples of 32; a multiple of 32 for model.nf always works.'
+        f'Group normalization cannot split {channels} channels into {groups or 1} groups: choose '
+        f'model.nf (and model.ch_mult) so that all widths up to 128 are multiples of 4 and larger '
+        f'ones multiples of 32; a multiple of 32 for model.nf always works.'
       )
     scale = self.param('scale', nn.initializers.ones, (channels,))
     bias = self.param('bias', nn.initializers.zeros, (channels,))
@@ -126,6 +142,14 @@ def get_timestep_embedding(
   angles = timesteps[:, None].astype(jnp.float32) * frequencies[None]
   embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
   return jnp.pad(embedding, ((0, 0), (0, embedding_dim % 2)))
+
+
+def noise_level(
+  labels: jax.Array, sigma_min: float, sigma_max: float, num_scales: int
+) -> jax.Array:
+  """sigma, (B,): of `num_scales` in geometric progression, of which label 0 is the largest."""
+  sigmas = np.geomspace(sigma_max, sigma_min, num_scales, dtype=np.float32)
+  return jnp.asarray(sigmas)[labels.astype(jnp.int32)]
 
 
 class GaussianFourierProjection(nn.Module):

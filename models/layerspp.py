@@ -36,15 +36,22 @@ class Combine(nn.Module):
 
 
 class AttnBlockpp(nn.Module):
-  """Residual self-attention over the pixels."""
+  """Residual self-attention over the pixels.
+
+  Attributes:
+    skip_rescale: divide the sum by sqrt(2).
+    init_scale: scale of the last linear map's initializer.
+    num_groups: of the group normalization; see `GroupNorm`.
+  """
 
   skip_rescale: bool = False
   init_scale: float = 0.0
+  num_groups: int | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     channels = x.shape[-1]
-    h = GroupNorm()(x)
+    h = GroupNorm(self.num_groups)(x)
     q, k, v = (NIN(channels)(h) for _ in range(3))
     h = NIN(channels, self.init_scale)(spatial_attention(q, k, v))
     return add_skip(x, h, self.skip_rescale)
@@ -106,6 +113,7 @@ class ResnetBlockDDPMpp(nn.Module):
     dropout: dropout rate.
     skip_rescale: divide the sum by sqrt(2).
     init_scale: scale of the last convolution's initializer.
+    num_groups: of the group normalizations; see `GroupNorm`.
   """
 
   act: Activation
@@ -114,12 +122,13 @@ class ResnetBlockDDPMpp(nn.Module):
   dropout: float = 0.1
   skip_rescale: bool = False
   init_scale: float = 0.0
+  num_groups: int | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, temb: jax.Array | None, train: bool) -> jax.Array:
     features = self.features or x.shape[-1]
-    h = conv3x3(features)(self.act(GroupNorm()(x)))
-    h = _finish(self, h, temb, train)
+    h = conv3x3(features)(self.act(GroupNorm(self.num_groups)(x)))
+    h = _finish(self, h, temb, train, self.num_groups)
     if x.shape[-1] != features:
       x = conv3x3(features)(x) if self.conv_shortcut else NIN(features)(x)
     return add_skip(x, h, self.skip_rescale)
@@ -165,11 +174,17 @@ class ResnetBlockBigGANpp(nn.Module):
     return add_skip(x, h, self.skip_rescale)
 
 
-def _finish(block: nn.Module, h: jax.Array, temb: jax.Array | None, train: bool) -> jax.Array:
+def _finish(
+  block: nn.Module,
+  h: jax.Array,
+  temb: jax.Array | None,
+  train: bool,
+  num_groups: int | None = None,
+) -> jax.Array:
   """The second half of both blocks: time embedding, normalization, dropout, convolution."""
   features = h.shape[-1]
   if temb is not None:
     h = h + dense(features)(block.act(temb))[:, None, None, :]
-  h = block.act(GroupNorm()(h))
+  h = block.act(GroupNorm(num_groups)(h))
   h = nn.Dropout(block.dropout, deterministic=not train)(h)
   return conv3x3(features, block.init_scale)(h)

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from errors import UserError
 from models import layerspp
 from models.layers import (
   GaussianFourierProjection,
   GroupNorm,
+  check_halvings,
   conv3x3,
   dense,
   get_act,
   get_timestep_embedding,
+  noise_level,
 )
 from models.utils import register_model
 
@@ -101,13 +102,7 @@ class NCSNpp(nn.Module):
           f'model.{field}={getattr(self, field)!r} is unknown: choose one of {", ".join(choices)}.'
         )
     get_act(self.nonlinearity)
-    halvings = len(self.ch_mult) - 1
-    if self.image_size % 2**halvings:
-      raise UserError(
-        f'data.image_size={self.image_size} cannot be halved {halvings} times, as the '
-        f'{halvings + 1} entries of model.ch_mult={tuple(self.ch_mult)} ask: '
-        f'use a multiple of {2**halvings} or fewer entries.'
-      )
+    check_halvings(self.image_size, self.ch_mult)
 
   @nn.compact
   def __call__(self, x: jax.Array, time_cond: jax.Array, train: bool = True) -> jax.Array:
@@ -204,5 +199,4 @@ class NCSNpp(nn.Module):
     """sigma, (B,): the label itself, or the label-th largest of the discrete levels."""
     if self.embedding_type == 'fourier':
       return time_cond
-    sigmas = np.geomspace(self.sigma_max, self.sigma_min, self.num_scales, dtype=np.float32)
-    return jnp.asarray(sigmas)[time_cond.astype(jnp.int32)]
+    return noise_level(time_cond, self.sigma_min, self.sigma_max, self.num_scales)

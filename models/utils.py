@@ -1,13 +1,16 @@
 """Registry and construction of networks, and the step from a network to a score."""
 
 import dataclasses
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
+import flax.serialization
 import jax
 import jax.numpy as jnp
 
+from errors import UserError
 from registry import Registry
 from sde_lib import SDE, ScoreFn, batch_mul, default_of
 
@@ -15,7 +18,15 @@ _MODELS = Registry('model')
 register_model = _MODELS.register
 get_model = _MODELS.get
 
+_CLASSIFIERS = Registry('classifier')
+register_classifier = _CLASSIFIERS.register
+
 PyTree = Any
+LogitFn = Callable[[jax.Array, jax.Array], jax.Array]
+
+# Of the pixels of CIFAR-10's training images in [0, 1].
+CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
+CIFAR10_STD = (0.24703223, 0.24348513, 0.26158784)
 
 
 def create_model(config: Any) -> nn.Module:
@@ -125,3 +136,91 @@ def get_score_fn(
     return (score, new_states) if return_state else score
 
   return score_fn
+
+
+def create_classifier(
+  prng_key: jax.Array,
+  batch_size: int,
+  ckpt_path: str | pathlib.Path | None = None,
+  name: str = 'wideresnet_noise_conditional',
+  image_shape: Sequence[int] = (32, 32, 3),
+  **fields: Any,
+) -> tuple[nn.Module, PyTree]:
+  """A noise-conditional classifier of images and its parameters.
+
+  Args:
+    prng_key: for fresh parameters.
+    batch_size: of the batch that they are initialized with; they do not depend on it.
+    ckpt_path: a file of parameters, as `flax.serialization.to_bytes` writes them; None draws them.
+    name: of a registered classifier.
+    image_shape: (H, W, C).
+    **fields: of the classifier, such as `num_classes`.
+
+  Raises:
+    UserError: for an unknown name or field, or a file that is not there or holds something else.
+  """
+  cls = _CLASSIFIERS.get(name)
+  known = [f.name for f in dataclasses.fields(cls) if f.name not in ('parent', 'name')]
+  if unknown := set(fields) - set(known):
+    raise UserError(
+      f'The classifier {name} has no fields {sorted(unknown)}: choose from {", ".join(known)}.'
+    )
+  classifier = cls(**fields)
+  images, sigmas = jnp.zeros((batch_size, *image_shape)), jnp.ones(batch_size)
+
+  def init(rng):
+    return classifier.init(rng, images, sigmas, train=False)['params']
+
+  if ckpt_path is None:
+    return classifier, jax.jit(init)(prng_key)
+  like = jax.eval_shape(init, prng_key)
+  try:
+    params = flax.serialization.from_bytes(like, pathlib.Path(ckpt_path).read_bytes())
+  except (OSError, ValueError) as error:
+    raise UserError(f'{ckpt_path} is not a file of parameters of {name}: {error}.') from error
+  for (path, expected), leaf in zip(
+    jax.tree.leaves_with_path(like), jax.tree.leaves(params), strict=True
+  ):
+    if leaf.shape != expected.shape:
+      raise UserError(
+        f'{ckpt_path} has {leaf.shape} where the classifier has {expected.shape} '
+        f'({jax.tree_util.keystr(path)}): create it with the fields that it was trained with.'
+      )
+  return classifier, jax.tree.map(jnp.asarray, params)
+
+
+def get_logit_fn(
+  classifier: nn.Module,
+  params: PyTree,
+  mean: Sequence[float] = CIFAR10_MEAN,
+  std: Sequence[float] = CIFAR10_STD,
+) -> LogitFn:
+  """The classifier as a function (x_t, sigma (B,)) -> logits of noisy images of the range [0, 1].
+
+  Args:
+    classifier: a noise-conditional classifier.
+    params: its parameters.
+    mean: of each channel of the images that it was trained with.
+    std: their standard deviation.
+  """
+
+  def logit_fn(data: jax.Array, noise_level: jax.Array) -> jax.Array:
+    data = (data - jnp.asarray(mean)) / jnp.asarray(std)
+    return classifier.apply({'params': params}, data, noise_level, train=False)
+
+  return logit_fn
+
+
+def get_classifier_grad_fn(
+  logit_fn: LogitFn,
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+  """The gradient of log p(y | x_t) in x_t, `(x_t, sigma (B,), labels (B,)) -> (B, H, W, C)`.
+
+  Added to the score it makes the score of p(x_t | y) (Eq. 14).
+  """
+
+  def log_likelihood(data: jax.Array, noise_level: jax.Array, labels: jax.Array) -> jax.Array:
+    log_p = jax.nn.log_softmax(logit_fn(data, noise_level))
+    return jnp.sum(jnp.take_along_axis(log_p, labels[:, None], axis=-1))
+
+  return jax.grad(log_likelihood)

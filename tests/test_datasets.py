@@ -139,6 +139,40 @@ def test_resize_is_the_identity_at_its_size_and_keeps_constants():
   np.testing.assert_array_equal(datasets.resize(image, 32), np.full((32, 32, 3), 77, np.uint8))
 
 
+@pytest.mark.parametrize(
+  ('dataset', 'builder', 'split', 'stored', 'size', 'crop'),
+  [
+    ('SVHN', 'svhn_cropped', 'test', (32, 32), 32, (32, 32)),
+    ('CELEBA', 'celeb_a', 'validation', (218, 178), 64, (140, 140)),
+    ('LSUN', 'lsun/church_outdoor', 'validation', (256, 300), 256, (256, 256)),
+  ],
+)
+def test_image_is_the_centre_of_the_stored_one(
+  dataset, builder, split, stored, size, crop, config, monkeypatch
+):
+  image = np.full((*stored, 3), 255, np.uint8)
+  top, left = ((n - m) // 2 for n, m in zip(stored, crop, strict=True))
+  image[top : top + crop[0], left : left + crop[1]] = 100
+  opened = []
+
+  def tfds_source(name, split, transform):
+    opened.append((name, split))
+    return datasets.TFDSSource([{'image': image}], transform)
+
+  monkeypatch.setattr(datasets, 'tfds_source', tfds_source)
+  with config.data.unlocked():
+    config.data.update(dataset=dataset, image_size=size, num_channels=3, category='church_outdoor')
+  _, test, _ = datasets.get_dataset(config)
+  assert opened == [(builder, 'train'), (builder, split)]
+  np.testing.assert_array_equal(test.source[0]['image'], np.full((size, size, 3), 100))
+
+
+def test_lsun_without_a_category_is_refused(config):
+  config.data.dataset = 'LSUN'
+  with pytest.raises(UserError, match='needs a data.category'):
+    datasets.get_dataset(config)
+
+
 def test_tensorflow_datasets_are_read_without_tensorflow(tmp_path, monkeypatch):
   tfds = pytest.importorskip('tensorflow_datasets')
 

@@ -10,6 +10,8 @@ from tests import golden_values as golden
 
 QUICK = ['ve_ncsnpp_continuous', 'vp_ddpmpp_continuous']
 SLOW = [
+  'vp_ddpm',
+  've_ddpm',
   've_ncsnpp_discrete',
   've_ncsnpp_1024_style',
   'subvp_ddpmpp_continuous',

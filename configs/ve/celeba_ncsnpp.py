@@ -1,0 +1,17 @@
+"""NCSN++ under SMLD on CelebA at 64px.
+
+python main.py --mode=train --config=configs/ve/celeba_ncsnpp.py --workdir=<workdir>
+"""
+
+import ml_collections
+
+from configs import recipes
+from configs.default_celeba_configs import get_default_configs
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = get_default_configs()
+  recipes.ve(config)
+  recipes.ncsnpp(config)
+  recipes.discrete(config)
+  return config

@@ -1,0 +1,123 @@
+"""The network of DDPM (Ho et al. 2020, appendix B), the ancestor of DDPM++."""
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from models import layerspp
+from models.layers import (
+  GroupNorm,
+  check_halvings,
+  conv3x3,
+  dense,
+  get_act,
+  get_timestep_embedding,
+  noise_level,
+)
+from models.utils import register_model
+
+
+class ResnetBlockDDPM(layerspp.ResnetBlockDDPMpp):
+  """The residual block with 32 groups, and the name that checkpoints of this network have."""
+
+  num_groups: int | None = 32
+
+
+class AttnBlock(layerspp.AttnBlockpp):
+  """Residual self-attention, likewise."""
+
+  num_groups: int | None = 32
+
+
+@register_model(name='ddpm')
+class DDPM(nn.Module):
+  """A U-Net over residual blocks with self-attention.
+
+  Called with images (B, H, W, C) and the index of a time step or noise level (B,), it returns an
+  array like the images: the score where `scale_by_sigma`, else the predicted noise.
+
+  Attributes:
+    image_size: height and width.
+    num_channels: image channels.
+    centered: whether images come in [-1, 1]; if not, they are brought there from [0, 1].
+    sigma_min: smallest noise level of the VE SDE (with `scale_by_sigma`).
+    sigma_max: largest one.
+    num_scales: number of noise levels.
+    nf: channels at full resolution.
+    ch_mult: their multiples at each resolution, which halves from one to the next.
+    num_res_blocks: residual blocks at each resolution.
+    attn_resolutions: resolutions with self-attention.
+    dropout: dropout rate.
+    resamp_with_conv: convolve when resampling.
+    conditional: condition on the time step or noise level.
+    nonlinearity: activation.
+    scale_by_sigma: divide the output by the noise level.
+  """
+
+  image_size: int
+  num_channels: int = 3
+  centered: bool = False
+  sigma_min: float = 0.01
+  sigma_max: float = 50.0
+  num_scales: int = 1000
+  nf: int = 128
+  ch_mult: Sequence[int] = (1, 2, 2, 2)
+  num_res_blocks: int = 2
+  attn_resolutions: Sequence[int] = (16,)
+  dropout: float = 0.1
+  resamp_with_conv: bool = True
+  conditional: bool = True
+  nonlinearity: str = 'swish'
+  scale_by_sigma: bool = False
+
+  def check(self) -> None:
+    """Raises `UserError` if the fields do not make a network."""
+    get_act(self.nonlinearity)
+    check_halvings(self.image_size, self.ch_mult)
+
+  @nn.compact
+  def __call__(self, x: jax.Array, labels: jax.Array, train: bool = True) -> jax.Array:
+    act = get_act(self.nonlinearity)
+    block = functools.partial(ResnetBlockDDPM, act=act, dropout=self.dropout)
+    conv = {'with_conv': self.resamp_with_conv}
+    widths = [self.nf * multiple for multiple in self.ch_mult]
+
+    temb = None
+    if self.conditional:
+      temb = dense(self.nf * 4)(get_timestep_embedding(labels, self.nf))
+      temb = dense(self.nf * 4)(act(temb))
+    if not self.centered:
+      x = 2 * x - 1
+
+    # Down: every feature map is kept for the way up.
+    hs = [conv3x3(self.nf)(x)]
+    for level, width in enumerate(widths):
+      if level != 0:
+        hs.append(layerspp.Downsample(**conv)(hs[-1]))
+      for _ in range(self.num_res_blocks):
+        h = block(features=width)(hs[-1], temb, train)
+        if h.shape[1] in self.attn_resolutions:
+          h = AttnBlock()(h)
+        hs.append(h)
+
+    h = block()(hs[-1], temb, train)
+    h = AttnBlock()(h)
+    h = block()(h, temb, train)
+
+    for width in reversed(widths):
+      if h.shape[1] != hs[-1].shape[1]:
+        h = layerspp.Upsample(**conv)(h)
+      for _ in range(self.num_res_blocks + 1):
+        h = jnp.concatenate([h, hs.pop()], axis=-1)
+        h = block(features=width)(h, temb, train)
+      if h.shape[1] in self.attn_resolutions:
+        h = AttnBlock()(h)
+
+    h = conv3x3(self.num_channels, init_scale=0.0)(act(GroupNorm(32)(h)))
+    if self.scale_by_sigma:
+      sigma = noise_level(labels, self.sigma_min, self.sigma_max, self.num_scales)
+      h = h / sigma[:, None, None, None]
+    return h

@@ -1,0 +1,125 @@
+"""The noise-conditional classifier behind class-conditional sampling (Song et al., appendix I.1).
+
+A Wide ResNet (Zagoruyko and Komodakis 2016) with group normalization that is told the noise level,
+so that it estimates p(y | x_t) at every t.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from models import convolution
+from models.layers import GaussianFourierProjection, GroupNorm
+from models.utils import register_classifier
+
+
+def _conv(features: int, name: str, strides: Sequence[int] = (1, 1)) -> nn.Conv:
+  return nn.Conv(
+    features,
+    (3, 3),
+    strides,
+    use_bias=False,
+    kernel_init=nn.initializers.he_normal(),
+    conv_general_dilated=convolution.conv_general_dilated,
+    name=name,
+  )
+
+
+def _activation(x: jax.Array, name: str) -> jax.Array:
+  """Normalization and ReLU. The names are those of the batch normalizations they stand for."""
+  return nn.relu(GroupNorm(epsilon=1e-5, name=name)(x))
+
+
+def _shortcut(x: jax.Array, like: jax.Array) -> jax.Array:
+  """Averages pixels and pads channels with zeros to the shape of `like`; no parameters."""
+  stride = x.shape[1] // like.shape[1]
+  x = nn.avg_pool(x, (stride, stride), (stride, stride))
+  return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, like.shape[-1] - x.shape[-1])))
+
+
+class WideResnetBlock(nn.Module):
+  """A pre-activated residual block with the noise embedding between its convolutions.
+
+  Attributes:
+    features: output channels.
+    stride: of the first convolution.
+    activate_before_residual: activate what enters the shortcut too.
+  """
+
+  features: int
+  stride: int = 1
+  activate_before_residual: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array, temb: jax.Array) -> jax.Array:
+    h = _activation(x, 'init_bn')
+    if self.activate_before_residual:
+      x = h
+    h = _conv(self.features, 'conv1', (self.stride, self.stride))(h)
+    h = h + nn.Dense(self.features)(nn.swish(temb))[:, None, None, :]
+    h = _conv(self.features, 'conv2')(_activation(h, 'bn_2'))
+    return h + _shortcut(x, h)
+
+
+class WideResnetGroup(nn.Module):
+  """Blocks of one width; the first one changes resolution and channels.
+
+  Attributes:
+    num_blocks: how many.
+    features: output channels.
+    stride: of the first block.
+    activate_before_residual: of the first block.
+  """
+
+  num_blocks: int
+  features: int
+  stride: int = 1
+  activate_before_residual: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array, temb: jax.Array) -> jax.Array:
+    x = WideResnetBlock(self.features, self.stride, self.activate_before_residual)(x, temb)
+    for _ in range(self.num_blocks - 1):
+      x = WideResnetBlock(self.features)(x, temb)
+    return x
+
+
+@register_classifier(name='wideresnet_noise_conditional')
+class WideResnet(nn.Module):
+  """A classifier of noisy images: (B, H, W, C) and noise levels (B,) to logits (B, num_classes).
+
+  Every image is first brought to zero mean and unit variance, whatever its noise.
+
+  Attributes:
+    blocks_per_group: residual blocks at each of the three resolutions.
+    channel_multiplier: width, in units of 16, 32 and 64 channels.
+    num_classes: number of classes.
+    embedding_size: Fourier frequencies of the noise embedding.
+    fourier_scale: their standard deviation.
+  """
+
+  blocks_per_group: int = 4
+  channel_multiplier: int = 10
+  num_classes: int = 10
+  embedding_size: int = 128
+  fourier_scale: float = 16.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array, sigmas: jax.Array, train: bool = True) -> jax.Array:
+    del train  # without dropout and batch statistics it makes no difference
+    temb = GaussianFourierProjection(self.embedding_size, self.fourier_scale)(jnp.log(sigmas))
+    temb = nn.Dense(self.embedding_size * 4)(temb)
+    temb = nn.Dense(self.embedding_size * 4)(nn.swish(temb))
+
+    x = _conv(16, 'init_conv')(jax.nn.standardize(x, axis=(1, 2, 3)))
+    for level, width in enumerate((16, 32, 64)):
+      x = WideResnetGroup(
+        self.blocks_per_group,
+        width * self.channel_multiplier,
+        stride=1 if level == 0 else 2,
+        activate_before_residual=level == 0,
+      )(x, temb)
+    x = jnp.mean(_activation(x, 'pre-pool-bn'), axis=(1, 2))
+    return nn.Dense(self.num_classes)(x)
