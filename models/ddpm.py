@@ -11,11 +11,13 @@ from models import layerspp
 from models.layers import (
   GroupNorm,
   check_halvings,
+  compute_dtype,
   conv3x3,
   dense,
   get_act,
   get_timestep_embedding,
   noise_level,
+  rematerialized,
 )
 from models.utils import register_model
 
@@ -55,6 +57,8 @@ class DDPM(nn.Module):
     conditional: condition on the time step or noise level.
     nonlinearity: activation.
     scale_by_sigma: divide the output by the noise level.
+    dtype: what it computes in, 'float32' or 'bfloat16'; parameters and output are float32.
+    remat: recompute the blocks for the gradient instead of keeping what is inside them.
   """
 
   image_size: int
@@ -72,16 +76,21 @@ class DDPM(nn.Module):
   conditional: bool = True
   nonlinearity: str = 'swish'
   scale_by_sigma: bool = False
+  dtype: str = 'float32'
+  remat: bool = False
 
   def check(self) -> None:
     """Raises `UserError` if the fields do not make a network."""
     get_act(self.nonlinearity)
+    compute_dtype(self.dtype)
     check_halvings(self.image_size, self.ch_mult)
 
   @nn.compact
   def __call__(self, x: jax.Array, labels: jax.Array, train: bool = True) -> jax.Array:
     act = get_act(self.nonlinearity)
-    block = functools.partial(ResnetBlockDDPM, act=act, dropout=self.dropout)
+    remat = functools.partial(rematerialized, remat=self.remat)
+    block = functools.partial(remat(ResnetBlockDDPM), act=act, dropout=self.dropout)
+    attention = remat(AttnBlock)
     conv = {'with_conv': self.resamp_with_conv}
     widths = [self.nf * multiple for multiple in self.ch_mult]
 
@@ -91,6 +100,9 @@ class DDPM(nn.Module):
       temb = dense(self.nf * 4)(act(temb))
     if not self.centered:
       x = 2 * x - 1
+    x = x.astype(compute_dtype(self.dtype))
+    if temb is not None:
+      temb = temb.astype(x.dtype)
 
     # Down: every feature map is kept for the way up.
     hs = [conv3x3(self.nf)(x)]
@@ -100,11 +112,11 @@ class DDPM(nn.Module):
       for _ in range(self.num_res_blocks):
         h = block(features=width)(hs[-1], temb, train)
         if h.shape[1] in self.attn_resolutions:
-          h = AttnBlock()(h)
+          h = attention()(h)
         hs.append(h)
 
     h = block()(hs[-1], temb, train)
-    h = AttnBlock()(h)
+    h = attention()(h)
     h = block()(h, temb, train)
 
     for width in reversed(widths):
@@ -114,9 +126,10 @@ class DDPM(nn.Module):
         h = jnp.concatenate([h, hs.pop()], axis=-1)
         h = block(features=width)(h, temb, train)
       if h.shape[1] in self.attn_resolutions:
-        h = AttnBlock()(h)
+        h = attention()(h)
 
     h = conv3x3(self.num_channels, init_scale=0.0)(act(GroupNorm(32)(h)))
+    h = h.astype(jnp.float32)
     if self.scale_by_sigma:
       sigma = noise_level(labels, self.sigma_min, self.sigma_max, self.num_scales)
       h = h / sigma[:, None, None, None]

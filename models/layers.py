@@ -1,6 +1,12 @@
-"""Layers that the networks share: initializers, embeddings, convolutions, attention."""
+"""Layers that the networks share: initializers, embeddings, convolutions, attention.
+
+Every layer computes in the dtype of its input. Parameters stay in single precision and are cast
+where they are used; statistics of normalizations and the softmax are computed in single precision.
+So a network is in bfloat16 as soon as its image is.
+"""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -32,6 +38,41 @@ def get_act(name: str) -> Activation:
       f'Unknown model.nonlinearity {name!r}: choose one of {", ".join(_ACTIVATIONS)}.'
     )
   return _ACTIVATIONS[name.lower()]
+
+
+_DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+  """The floating point type that `model.dtype` names.
+
+  Raises:
+    UserError: for an unknown name.
+  """
+  if name not in _DTYPES:
+    raise UserError(f'Unknown model.dtype {name!r}: choose one of {", ".join(_DTYPES)}.')
+  return jnp.dtype(_DTYPES[name])
+
+
+def in_dtype_of_input(x: jax.Array, *params: jax.Array | None, **kwargs) -> tuple:
+  """Casts parameters to the dtype of `x`; as `promote_dtype` of Flax's layers."""
+  del kwargs
+  return x, *(None if param is None else param.astype(x.dtype) for param in params)
+
+
+def rematerialized(block: type[nn.Module], remat: bool) -> type[nn.Module]:
+  """The class `block` with or without rematerialization.
+
+  With it, what a block computes inside is not kept for the gradient but computed again. The class
+  keeps its name, which parameters are named after; an argument `train` must be a Python bool.
+  """
+  if not remat:
+    return block
+  arguments = list(inspect.signature(block.__call__).parameters)
+  static = tuple(i for i, name in enumerate(arguments) if name == 'train')
+  wrapped = nn.remat(block, static_argnums=static)
+  wrapped.__name__ = block.__name__
+  return wrapped
 
 
 def check_halvings(image_size: int, ch_mult: Sequence[int]) -> None:
@@ -66,13 +107,14 @@ def _conv(features: int, size: int, init_scale: float, **kwargs) -> nn.Conv:
     (size, size),
     kernel_init=default_init(init_scale),
     conv_general_dilated=convolution.conv_general_dilated,
+    promote_dtype=in_dtype_of_input,
     **kwargs,
   )
 
 
 def dense(features: int) -> nn.Dense:
   """A dense layer with DDPM's initialization."""
-  return nn.Dense(features, kernel_init=default_init())
+  return nn.Dense(features, kernel_init=default_init(), promote_dtype=in_dtype_of_input)
 
 
 class GroupNorm(nn.Module):
@@ -107,11 +149,12 @@ class GroupNorm(nn.Module):
       mean = jnp.mean(per_group, axis=-1, keepdims=True)
       return jnp.broadcast_to(mean, per_group.shape).reshape(batch, channels)
 
-    mean = group_mean(x)
-    variance = jnp.maximum(group_mean(x**2) - mean**2, 0.0)
+    pixels = x.astype(jnp.float32)
+    mean = group_mean(pixels)
+    variance = jnp.maximum(group_mean(pixels**2) - mean**2, 0.0)
     factor = scale * jax.lax.rsqrt(variance + self.epsilon)
     offset = bias - mean * factor
-    return x * factor[:, None, None] + offset[:, None, None]
+    return (pixels * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
 
 
 class NIN(nn.Module):
@@ -130,6 +173,7 @@ class NIN(nn.Module):
     shape = (x.shape[-1], self.features)
     W = self.param('W', default_init(self.init_scale), shape)
     b = self.param('b', nn.initializers.zeros, (self.features,))
+    x, W, b = in_dtype_of_input(x, W, b)
     return convolution.conv_general_dilated(x, W[None, None]) + b
 
 
@@ -179,5 +223,6 @@ def spatial_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """
   shape = v.shape
   q, k, v = (a.reshape(a.shape[0], -1, a.shape[-1]) for a in (q, k, v))
-  logits = jnp.matmul(q, k.swapaxes(1, 2)) * shape[-1] ** -0.5
-  return jnp.matmul(jax.nn.softmax(logits, axis=-1), v).reshape(shape)
+  logits = jnp.matmul(q, k.swapaxes(1, 2), preferred_element_type=jnp.float32)
+  weights = jax.nn.softmax(logits * shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+  return jnp.matmul(weights, v).reshape(shape)

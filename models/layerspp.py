@@ -21,7 +21,7 @@ from models.up_or_down_sampling import Conv2d, FirKernel
 
 def add_skip(x: jax.Array, h: jax.Array, rescale: bool) -> jax.Array:
   """x + h, divided by sqrt(2) when `rescale`, which keeps the variance of the sum."""
-  return (x + h) / np.float32(np.sqrt(2)) if rescale else x + h
+  return (x + h) / np.sqrt(2).astype(x.dtype) if rescale else x + h
 
 
 class Combine(nn.Module):

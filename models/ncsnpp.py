@@ -13,11 +13,13 @@ from models.layers import (
   GaussianFourierProjection,
   GroupNorm,
   check_halvings,
+  compute_dtype,
   conv3x3,
   dense,
   get_act,
   get_timestep_embedding,
   noise_level,
+  rematerialized,
 )
 from models.utils import register_model
 
@@ -65,6 +67,8 @@ class NCSNpp(nn.Module):
     nonlinearity: activation.
     normalization: 'GroupNorm'.
     scale_by_sigma: divide the output by the noise level.
+    dtype: what it computes in, 'float32' or 'bfloat16'; parameters and output are float32.
+    remat: recompute the blocks for the gradient instead of keeping what is inside them.
   """
 
   image_size: int
@@ -93,6 +97,8 @@ class NCSNpp(nn.Module):
   nonlinearity: str = 'swish'
   normalization: str = 'GroupNorm'
   scale_by_sigma: bool = False
+  dtype: str = 'float32'
+  remat: bool = False
 
   def check(self) -> None:
     """Raises `UserError` if the fields do not make a network."""
@@ -102,11 +108,13 @@ class NCSNpp(nn.Module):
           f'model.{field}={getattr(self, field)!r} is unknown: choose one of {", ".join(choices)}.'
         )
     get_act(self.nonlinearity)
+    compute_dtype(self.dtype)
     check_halvings(self.image_size, self.ch_mult)
 
   @nn.compact
   def __call__(self, x: jax.Array, time_cond: jax.Array, train: bool = True) -> jax.Array:
     act = get_act(self.nonlinearity)
+    remat = functools.partial(rematerialized, remat=self.remat)
     rescale = functools.partial(layerspp.add_skip, rescale=self.skip_rescale)
     fir = {'fir': self.fir, 'fir_kernel': tuple(self.fir_kernel)}
     common = {
@@ -116,16 +124,16 @@ class NCSNpp(nn.Module):
       'init_scale': self.init_scale,
     }
     if self.resblock_type == 'ddpm':
-      block = functools.partial(layerspp.ResnetBlockDDPMpp, **common)
+      block = functools.partial(remat(layerspp.ResnetBlockDDPMpp), **common)
       conv = {'with_conv': self.resamp_with_conv}
       halve = lambda h, temb, train: layerspp.Downsample(**fir, **conv)(h)
       double = lambda h, temb, train: layerspp.Upsample(**fir, **conv)(h)
     else:
-      block = functools.partial(layerspp.ResnetBlockBigGANpp, **common, **fir)
+      block = functools.partial(remat(layerspp.ResnetBlockBigGANpp), **common, **fir)
       halve = lambda *args: block(down=True)(*args)
       double = lambda *args: block(up=True)(*args)
     attention = functools.partial(
-      layerspp.AttnBlockpp, skip_rescale=self.skip_rescale, init_scale=self.init_scale
+      remat(layerspp.AttnBlockpp), skip_rescale=self.skip_rescale, init_scale=self.init_scale
     )
     levels = range(len(self.ch_mult))
     last = levels[-1]
@@ -133,6 +141,9 @@ class NCSNpp(nn.Module):
     temb = self._embed(act, time_cond)
     if not self.centered:
       x = 2 * x - 1
+    x = x.astype(compute_dtype(self.dtype))
+    if temb is not None:
+      temb = temb.astype(x.dtype)
 
     # Down: every feature map is kept for the way up.
     input_pyramid = x
@@ -180,6 +191,7 @@ class NCSNpp(nn.Module):
       h = pyramid
     else:
       h = conv3x3(self.num_channels, self.init_scale)(act(GroupNorm()(h)))
+    h = h.astype(jnp.float32)
     if self.scale_by_sigma:
       h = h / self._noise_level(time_cond)[:, None, None, None]
     return h

@@ -42,7 +42,8 @@ def _upfirdn_axis(
     padded = jnp.pad(x, widths)
     phases.append(
       sum(
-        tap * lax.slice_in_dim(padded, low + s, low + s + (count - 1) * down + 1, down, axis)
+        tap.astype(x.dtype)
+        * lax.slice_in_dim(padded, low + s, low + s + (count - 1) * down + 1, down, axis)
         for s, tap in shifts
       )
     )
@@ -124,6 +125,7 @@ class Conv2d(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     weight = self.param('weight', self.kernel_init, (3, 3, x.shape[-1], self.features))
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    weight, bias = weight.astype(x.dtype), bias.astype(x.dtype)
     taps = len(self.fir_kernel)
     if self.up:
       x = convolution.conv_general_dilated(x, weight, padding=((2, 2), (2, 2)), lhs_dilation=(2, 2))
