@@ -3,6 +3,8 @@
 import importlib
 import json
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import flax.traverse_util
 import jax
@@ -23,9 +25,13 @@ def load(name: str) -> dict[str, np.ndarray]:
 def config_of(recorded: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
   """The configuration that a network's values were recorded with."""
   entry = json.loads(str(recorded['config']))
-  module = importlib.import_module('configs.' + entry['config'].replace('/', '.'))
-  config = module.get_config()
-  for key, value in entry['overrides'].items():
+  return configure(entry['config'], entry['overrides'])
+
+
+def configure(name: str, overrides: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """The configuration file of a name such as 'vp/ddpm/cifar10', with overrides put on it."""
+  config = importlib.import_module('configs.' + name.replace('/', '.')).get_config()
+  for key, value in overrides.items():
     section, field = key.split('.')
     config[section][field] = tuple(value) if isinstance(value, list) else value
   return config

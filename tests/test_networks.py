@@ -5,6 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import configuration
+import losses
+import sampling
+import sde_lib
 from models import utils
 from tests import golden_values as golden
 
@@ -18,6 +22,20 @@ SLOW = [
   'vp_ncsnpp_continuous',
   'vp_ncsnpp_cat_skip',
   'vp_ncsnpp_ddpmblocks_residual',
+]
+SMALL = {
+  'data.image_size': 16,
+  'model.nf': 32,
+  'model.ch_mult': (1, 2),
+  'model.num_res_blocks': 1,
+  'model.attn_resolutions': (8,),
+}
+# Configuration files and what makes them small enough to train and sample here.
+REDUCED = [
+  ('vp/ddpm/cifar10', SMALL),
+  ('vp/ddpm/cifar10_unconditional', SMALL),
+  ('ve/cifar10_ddpm', SMALL),
+  ('ve/ffhq_ncsnpp_continuous', SMALL),
 ]
 NETWORKS = QUICK + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
 
@@ -47,3 +65,35 @@ def test_network_agrees_with_recorded_outputs_and_gradients(name):
   golden.assert_close(grad_x, recorded['grad_x'], 1e-4)
   norms = [np.linalg.norm(leaf) for leaf in golden.flatten(grad_params).values()]
   golden.assert_close(norms, recorded['grad_norms'], 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'overrides'), REDUCED, ids=[name for name, _ in REDUCED])
+def test_reduced_configuration_trains_a_step_and_samples_two(name, overrides):
+  config = golden.configure(name, overrides)
+  config.optim.warmup = 0
+  config.model.beta_max = 1.0  # so that two steps are enough for the VP chain
+  config.model.num_scales = 2
+  config = configuration.prepare(config)
+  sde = sde_lib.get_sde(config)
+  model, state = losses.init_state(jax.random.PRNGKey(0), config)
+  size = config.data.image_size
+  images = jax.random.uniform(jax.random.PRNGKey(1), (4, size, size, config.data.num_channels))
+  step_fn = losses.get_step_fn(
+    sde,
+    model,
+    True,
+    losses.optimization_manager(config),
+    config.training.reduce_mean,
+    config.training.continuous,
+  )
+  (_, new), loss = jax.jit(step_fn)((jax.random.PRNGKey(2), state), {'image': images})
+  assert np.isfinite(loss)
+  assert loss > 0
+  updates = jax.tree.map(lambda a, b: np.abs(a - b).max(), new.params, state.params)
+  assert 0 < max(jax.tree.leaves(updates)) <= 1.01 * config.optim.lr
+
+  sampler = sampling.get_sampling_fn(config, sde, model, images.shape, lambda x: x)
+  samples, _ = sampler(jax.random.PRNGKey(3), new)
+  assert samples.shape == images.shape
+  assert np.isfinite(samples).all()
