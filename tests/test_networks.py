@@ -12,10 +12,13 @@ import sde_lib
 from models import utils
 from tests import golden_values as golden
 
-QUICK = ['ve_ncsnpp_continuous', 'vp_ddpmpp_continuous']
+QUICK = ['ve_ncsnpp_continuous', 'vp_ddpmpp_continuous', 've_ncsnv2']
 SLOW = [
   'vp_ddpm',
   've_ddpm',
+  've_ncsn',
+  've_ncsnv2_128',
+  've_ncsnv2_256',
   've_ncsnpp_discrete',
   've_ncsnpp_1024_style',
   'subvp_ddpmpp_continuous',
@@ -30,12 +33,17 @@ SMALL = {
   'model.num_res_blocks': 1,
   'model.attn_resolutions': (8,),
 }
+NARROW = {'data.image_size': 16, 'model.nf': 8}
 # Configuration files and what makes them small enough to train and sample here.
 REDUCED = [
   ('vp/ddpm/cifar10', SMALL),
   ('vp/ddpm/cifar10_unconditional', SMALL),
   ('ve/cifar10_ddpm', SMALL),
   ('ve/ffhq_ncsnpp_continuous', SMALL),
+  ('ve/ncsn/cifar10', NARROW),
+  ('ve/ncsnv2/cifar10', NARROW),
+  ('ve/ncsnv2/bedroom', NARROW),
+  ('ve/ncsnv2/celeba', NARROW | {'model.name': 'ncsnv2_256'}),
 ]
 NETWORKS = QUICK + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
 

@@ -12,6 +12,8 @@ from tests import golden_values as golden
 
 NETWORKS = [
   'vp_ddpmpp_continuous',
+  pytest.param('ve_ncsnv2', marks=pytest.mark.slow),
+  pytest.param('ve_ncsn', marks=pytest.mark.slow),
   pytest.param('vp_ddpm', marks=pytest.mark.slow),
   pytest.param('ve_ncsnpp_continuous', marks=pytest.mark.slow),
   pytest.param('subvp_ddpmpp_continuous', marks=pytest.mark.slow),

@@ -1,0 +1,200 @@
+"""NCSN and NCSNv2: RefineNets with dilated convolutions.
+
+NCSN: Song and Ermon 2019, "Generative modeling by estimating gradients of the data distribution".
+NCSNv2: Song and Ermon 2020, "Improved techniques for training score-based generative models".
+"""
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from errors import UserError
+from models import refinenet
+from models.layers import compute_dtype, get_act, noise_level, rematerialized
+from models.normalization import ConditionalInstanceNorm2dPlus, get_normalization
+from models.refinenet import ncsn_conv
+from models.utils import register_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """Two residual blocks at one resolution; all widths are multiples of `nf`.
+
+  Attributes:
+    width: output channels.
+    down: whether the first block lowers the resolution.
+    dilation: of the convolutions; above 1, `down` keeps the size and widens the reach.
+    refined: output channels of the refinement of this stage.
+  """
+
+  width: int
+  down: bool = True
+  dilation: int = 1
+  refined: int = 1
+
+
+class _RefineNet(nn.Module):
+  """Residual stages down, refinements back up.
+
+  Called with images (B, H, W, C) and labels (B,), the index of a noise level counted from the
+  largest, it returns the score, shaped as the images.
+
+  Attributes:
+    image_size: height and width.
+    num_channels: image channels.
+    centered: whether images come in [-1, 1]; if not, they are brought there from [0, 1].
+    sigma_min: smallest noise level.
+    sigma_max: largest one.
+    num_scales: number of noise levels.
+    nf: channels at full resolution.
+    nonlinearity: activation.
+    normalization: of the residual blocks.
+    scale_by_sigma: divide the output by the noise level.
+    dtype: what it computes in, 'float32' or 'bfloat16'; parameters and output are float32.
+    remat: recompute the blocks for the gradient instead of keeping what is inside them.
+  """
+
+  image_size: int
+  num_channels: int = 3
+  centered: bool = False
+  sigma_min: float = 0.01
+  sigma_max: float = 50.0
+  num_scales: int = 232
+  nf: int = 128
+  nonlinearity: str = 'elu'
+  normalization: str = 'InstanceNorm++'
+  scale_by_sigma: bool = True
+  dtype: str = 'float32'
+  remat: bool = False
+
+  stages: ClassVar[tuple[Stage, ...]]
+
+  def check(self) -> None:
+    """Raises `UserError` if the fields do not make a network."""
+    get_act(self.nonlinearity)
+    compute_dtype(self.dtype)
+    get_normalization(self.normalization)
+    halvings = sum(stage.down and stage.dilation == 1 for stage in self.stages)
+    if self.image_size % 2**halvings:
+      raise UserError(
+        f'data.image_size={self.image_size} cannot be halved {halvings} times, as this network '
+        f'does: use a multiple of {2**halvings}.'
+      )
+
+  def blocks(self, act) -> tuple[functools.partial, functools.partial]:
+    """Constructors of a residual and of a refinement block."""
+    norm = get_normalization(self.normalization)
+    residual = rematerialized(refinenet.ResidualBlock, self.remat)
+    refine = rematerialized(refinenet.RefineBlock, self.remat)
+    return functools.partial(residual, act, norm=norm), functools.partial(refine, act)
+
+  def normalize(self, x: jax.Array, labels: jax.Array) -> jax.Array:
+    """The normalization before the last convolution."""
+    del labels
+    return get_normalization(self.normalization)()(x)
+
+  @nn.compact
+  def __call__(self, x: jax.Array, labels: jax.Array, train: bool = True) -> jax.Array:
+    del train
+    act = get_act(self.nonlinearity)
+    residual, refine = self.blocks(act)
+    labels = labels.astype(jnp.int32)
+    if not self.centered:
+      x = 2 * x - 1
+    h = ncsn_conv(x.astype(compute_dtype(self.dtype)), self.nf)
+
+    outputs = []
+    for stage in self.stages:
+      shared = {'features': stage.width * self.nf, 'dilation': stage.dilation}
+      h = residual(**shared, down=stage.down)(h, labels)
+      h = residual(**shared)(h, labels)
+      outputs.append(h)
+
+    h = None
+    for i, stage in reversed(list(enumerate(self.stages))):
+      inputs = [outputs[i]] if h is None else [outputs[i], h]
+      h = refine(features=stage.refined * self.nf, end=i == 0)(inputs, labels)
+
+    h = ncsn_conv(act(self.normalize(h, labels)), self.num_channels).astype(jnp.float32)
+    if self.scale_by_sigma:
+      sigma = noise_level(labels, self.sigma_min, self.sigma_max, self.num_scales)
+      h = h / sigma[:, None, None, None]
+    return h
+
+
+_SMALL = (
+  Stage(1, down=False),
+  Stage(2, refined=2),
+  Stage(2, dilation=2, refined=2),
+  Stage(2, dilation=4, refined=2),
+)
+
+
+@register_model(name='ncsnv2_64')
+class NCSNv2_64(_RefineNet):
+  """NCSNv2 for images of 32 to 64 pixels."""
+
+  stages: ClassVar[tuple[Stage, ...]] = _SMALL
+
+
+@register_model(name='ncsnv2_128')
+class NCSNv2_128(_RefineNet):
+  """NCSNv2 for images of 96 to 128 pixels."""
+
+  stages: ClassVar[tuple[Stage, ...]] = (
+    Stage(1, down=False),
+    Stage(2),
+    Stage(2, refined=2),
+    Stage(4, dilation=2, refined=2),
+    Stage(4, dilation=4, refined=4),
+  )
+
+
+@register_model(name='ncsnv2_256')
+class NCSNv2_256(_RefineNet):
+  """NCSNv2 for images of 256 pixels."""
+
+  stages: ClassVar[tuple[Stage, ...]] = (
+    Stage(1, down=False),
+    Stage(2),
+    Stage(2, refined=2),
+    Stage(2, refined=2),
+    Stage(4, dilation=2, refined=2),
+    Stage(4, dilation=4, refined=4),
+  )
+
+
+@register_model(name='ncsn')
+class NCSN(_RefineNet):
+  """NCSN, whose normalizations are looked up by noise level.
+
+  Attributes:
+    num_classes: number of noise levels, at least `num_scales`.
+  """
+
+  num_classes: int = 10
+  scale_by_sigma: bool = False
+
+  stages: ClassVar[tuple[Stage, ...]] = _SMALL
+
+  def check(self) -> None:
+    """Raises `UserError` if the fields do not make a network."""
+    super().check()
+    if self.num_classes < self.num_scales:
+      raise UserError(
+        f'model.num_classes={self.num_classes} is fewer than the noise levels of '
+        f'model.num_scales={self.num_scales}: use at least that many.'
+      )
+
+  def blocks(self, act) -> tuple[functools.partial, functools.partial]:
+    levels = {'num_classes': self.num_classes}
+    residual = rematerialized(refinenet.ConditionalResidualBlock, self.remat)
+    refine = rematerialized(refinenet.CondRefineBlock, self.remat)
+    return functools.partial(residual, act, **levels), functools.partial(refine, act, **levels)
+
+  def normalize(self, x: jax.Array, labels: jax.Array) -> jax.Array:
+    return ConditionalInstanceNorm2dPlus(self.num_classes)(x, labels)
