@@ -93,8 +93,10 @@ class FlaxCheckpoint(Format):
   """The MessagePack of the 2021 training state, with flax.optim's Adam."""
 
   def recognises(self, head: bytes) -> bool:
-    # A map; 0x80 alone would be an empty one.
-    return head[:1] in (b'\xde', b'\xdf') or b'\x81' <= head[:1] <= b'\x8f'
+    # A map of a few entries, the name of the first one. (A length of safetensors has zeros there.)
+    return (
+      b'\x81' <= head[:1] <= b'\x8f' and b'\xa2' <= head[1:2] <= b'\xbf' and head[2:4].isalpha()
+    )
 
   def read(self, path: pathlib.Path, config: ml_collections.ConfigDict) -> Foreign:
     del config
@@ -264,7 +266,8 @@ class Safetensors(Format):
   """What `export_checkpoint` writes: the EMA weights only."""
 
   def recognises(self, head: bytes) -> bool:
-    return head[8:9] == b'{'  # behind the length of the JSON header
+    # The length of the JSON header, at most 100 MB, and the header.
+    return head[4:9] == b'\0\0\0\0{'
 
   def read(self, path: pathlib.Path, config: ml_collections.ConfigDict) -> Foreign:
     del config
@@ -353,9 +356,10 @@ def read_state(config: ml_collections.ConfigDict, checkpoint: str | None) -> Sta
   except UserError:
     raise
   except Exception as error:  # a hostile file can make a parser raise anything
+    reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
     raise UserError(
-      f'--checkpoint={path} cannot be read as {known[0]} ({type(error).__name__}: {error}): it is '
-      f'damaged or something else; get it again.'
+      f'--checkpoint={path} cannot be read as {known[0]} ({reason}): it is damaged or something '
+      f'else; get it again.'
     ) from error
 
 

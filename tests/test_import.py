@@ -526,6 +526,19 @@ def test_absent_unnamed_and_unknown_files_are_refused(tmp_path):
   assert 'is of no known format' in refused(config, str(tmp_path / 'text'), tmp_path)
 
 
+def test_a_file_is_recognised_as_one_format_only(flax_file):
+  """The length that safetensors begins with can be any byte of MessagePack."""
+  formats = [conversion.FlaxCheckpoint(), conversion.TorchCheckpoint(), conversion.Safetensors()]
+  array = {'params/x': np.zeros(1, np.float32)}
+  heads = [safetensors.numpy.save(array, {'step': '0' * n})[:64] for n in range(0, 70000, 8)]
+  assert {head[0] for head in heads} >= set(range(0x80, 0xE0, 8))
+  for head in heads:
+    assert [f.recognises(head) for f in formats] == [False, False, True]
+  head = pathlib.Path(flax_file).read_bytes()[:64]
+  assert [f.recognises(head) for f in formats] == [True, False, False]
+  assert [f.recognises(torch_file.LEGACY_MAGIC) for f in formats] == [False, True, False]
+
+
 class Runs:
   """An object whose pickle calls a function."""
 
