@@ -174,13 +174,16 @@ class TorchCheckpoint(Format):
         mu=ours(zeros | {key: state['exp_avg'] for key, state in adam.items()}),
         nu=ours(zeros | {key: state['exp_avg_sq'] for key, state in adam.items()}),
       )
+    step = _integer(content['step'])
     settings = {
       'model.ema_rate': content['ema']['decay'],
       'optim.beta1': groups[0]['betas'][0],
       'optim.eps': groups[0]['eps'],
     }
+    if step > config.optim.warmup:  # before, it is that of the warm-up
+      settings['optim.lr'] = groups[0]['lr']
     return Foreign(
-      step=_integer(content['step']),
+      step=step,
       params=ours(model),
       params_ema=ours({key: model[key] for key in frozen} | ema),
       moments=moments,
@@ -327,7 +330,8 @@ def import_checkpoint(
 
 
 def _has_checkpoints(workdir: pathlib.Path) -> bool:
-  return any(workdir.glob(f'checkpoints*/{checkpoints.PREFIX}_*'))
+  found = workdir.glob(f'checkpoints*/{checkpoints.PREFIX}_*')
+  return any(path.name.rpartition('_')[2].isdigit() for path in found)  # not Orbax's unfinished
 
 
 def read_state(config: ml_collections.ConfigDict, checkpoint: str | None) -> State:

@@ -209,7 +209,12 @@ def port_content(state, config, order):
   assert len(names) == len(flats[0])
   model, ema, mu, nu = ([torch_layout(path, flat[path]) for path in names] for flat in flats)
   names = [n.replace('.kernel', '.weight').replace('.scale', '.weight') for n in names.values()]
-  group = {'lr': 1e-9, 'betas': (0.9, 0.999), 'eps': 1e-8, 'params': list(range(len(names)))}
+  group = {
+    'lr': config.optim.lr,
+    'betas': (0.9, 0.999),
+    'eps': 1e-8,
+    'params': list(range(len(names))),
+  }
   states = {
     i: {'step': STEP, 'exp_avg': m, 'exp_avg_sq': v}
     for i, (m, v) in enumerate(zip(mu, nu, strict=True))
@@ -282,14 +287,15 @@ def test_real_file_of_pytorch_gives_its_outputs_and_its_next_step(tmp_path):
   assert (int(state.step), int(adam_of(state)['count'])) == (STEP, 2)
   model = mutils.create_model(config)
   output = jax.jit(
-    lambda p: model.apply({'params': p}, recorded['x'], recorded['labels'], train=False)
+    lambda p: model.apply({'params': p}, recorded['x'], recorded['labels'], train=False),
+    compiler_options={'xla_backend_optimization_level': 0},  # compiling takes longest
   )
   golden.assert_close(output(state.params), recorded['y'], 1e-5)
   golden.assert_close(output(state.params_ema), recorded['y_ema'], 1e-5)
 
   grad = jax.tree.map(lambda w: jnp.cos(7 * w), state.params)
   grad['GaussianFourierProjection_0'] = {'W': jnp.zeros(4)}
-  stepped = losses.optimization_manager(config)(state, grad)
+  stepped = jax.jit(losses.optimization_manager(config))(state, grad)
   golden.assert_close(output(stepped.params), recorded['y_next'], 1e-5)
   assert np.abs(recorded['y_next'] - recorded['y']).max() > 1e-3  # the step can be seen
 
@@ -417,6 +423,16 @@ def test_training_goes_on_from_an_imported_checkpoint(flax_file, tmp_path):
   lines = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
   steps = [json.loads(line)['step'] for line in lines if 'training_loss' in line]
   assert steps == [STEP + 1, STEP + 2, STEP + 3]
+
+
+def test_leading_axes_of_length_one_come_and_go_and_no_others():
+  fit = lambda given, wanted: conversion._fit('', {'a': np.zeros(given)}, {'a': np.zeros(wanted)})
+  assert fit((3,), (1, 1, 1, 3))['a'].shape == (1, 1, 1, 3)
+  assert fit((1, 1, 1, 3), (3,))['a'].shape == (3,)
+  assert fit((1, 1, 1, 1), (1,))['a'].shape == (1,)
+  for given, wanted in [((3, 1), (3,)), ((1, 3), (3, 1)), ((2, 3), (6,)), ((), (2,))]:
+    with pytest.raises(UserError, match='of another shape'):
+      fit(given, wanted)
 
 
 # What does not fit.
