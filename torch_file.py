@@ -6,6 +6,7 @@ module that makes a NumPy array, a number or a dictionary. Everything else is re
 """
 
 import io
+import mmap
 import pathlib
 import pickle
 import pickletools
@@ -135,7 +136,11 @@ def load(path: pathlib.Path) -> Any:
   with path.open('rb') as file:
     is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
     file.seek(0)
-    return _load_zip(file) if is_zip else _load_legacy(file)
+    if is_zip:
+      return _load_zip(file)
+    # Mapped, because a file would make room for as many bytes as a pickle asks for.
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+      return _load_legacy(content)
 
 
 def _load_zip(file: IO[bytes]) -> Any:
@@ -164,17 +169,16 @@ def _load_zip(file: IO[bytes]) -> Any:
     return _unpickle(io.BytesIO(read('data.pkl')), read_storage, '>' if big else '<')
 
 
-def _load_legacy(file: IO[bytes]) -> Any:
+def _load_legacy(file: mmap.mmap) -> Any:
   """Five pickles (magic number, version, system, content, keys), then the storages by key."""
   storages = {}
-  left = file.seek(0, io.SEEK_END)
-  file.seek(0)
+  left = len(file)
 
   def make_storage(dtype: np.dtype, key: str, size: int) -> np.ndarray:
     nonlocal left
     if key not in storages:
       left -= size * dtype.itemsize
-      if left < 0:
+      if size < 0 or left < 0:
         raise ValueError(f'storage {key} is larger than the file')
       storages[key] = np.empty(size, dtype)
     return storages[key]
@@ -183,10 +187,10 @@ def _load_legacy(file: IO[bytes]) -> Any:
   if not system['little_endian']:
     raise ValueError('the old format in big-endian byte order')
   for key in keys:  # the arrays of `content` are views of these
-    size = int.from_bytes(file.read(8), 'little')
     storage = storages.pop(key)
-    if size != storage.size or file.readinto(storage.view('u1')) != storage.nbytes:
-      raise ValueError(f'storage {key} is truncated')
+    if int.from_bytes(file.read(8), 'little') != storage.size:
+      raise ValueError(f'storage {key} has another size')
+    storage[:] = np.frombuffer(file.read(storage.nbytes), storage.dtype, storage.size)
   if storages:
     raise ValueError(f'storages {sorted(storages)} are not in the file')
   return content
