@@ -154,12 +154,24 @@ def record(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Writes `config.json` and `versions.json` to the working directory.
 
   Raises:
-    UserError: if the directory belongs to a run whose configuration contradicts this one.
+    UserError: as `check_run`.
+  """
+  check_run(config, workdir)
+  if jax.process_index() == 0:
+    data = json.dumps(_plain(config), indent=2).encode()
+    reporting.write_atomic(workdir / 'config.json', data)
+    reporting.write_atomic(workdir / 'versions.json', json.dumps(versions(), indent=2).encode())
+
+
+def check_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Checks that the working directory is not that of another run.
+
+  Raises:
+    UserError: if it belongs to a run whose configuration contradicts this one.
   """
   path = workdir / 'config.json'
-  new = flatten(config)
   if path.exists():
-    old = flatten(json.loads(path.read_text()))
+    old, new = flatten(json.loads(path.read_text())), flatten(config)
     differing = [
       f'{key} (was {old.get(key)!r}, is {new.get(key)!r})'
       for key in sorted(old.keys() | new.keys())
@@ -170,9 +182,6 @@ def record(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         f'{workdir} holds a run with another configuration: {", ".join(differing)}; '
         f'use those values or another --workdir.'
       )
-  if jax.process_index() == 0:
-    reporting.write_atomic(path, json.dumps(_plain(config), indent=2).encode())
-    reporting.write_atomic(workdir / 'versions.json', json.dumps(versions(), indent=2).encode())
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Trains and evaluates score models; `python main.py --help` lists the flags."""
+"""Trains, evaluates and converts score models; `python main.py --help` lists the flags."""
 
 import os
 import pathlib
@@ -22,12 +22,25 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   None,
-  ['train', 'eval'],
+  ['train', 'eval', 'import', 'export'],
   'train: train, or go on training where the run in --workdir stopped. '
-  'eval: evaluate the checkpoints of the run in --workdir.',
+  'eval: evaluate the checkpoints of the run in --workdir. '
+  'import: start the run in --workdir from a published checkpoint, --checkpoint. '
+  'export: write the EMA weights of the run in --workdir as safetensors.',
 )
 _EVAL_FOLDER = flags.DEFINE_string(
   'eval_folder', 'eval', 'Folder inside --workdir that the results of --mode=eval go to.'
+)
+_CHECKPOINT = flags.DEFINE_string(
+  'checkpoint',
+  None,
+  'The file that --mode=import reads (Flax of 2021, .pth of the PyTorch port, an export), or that '
+  '--mode=export writes (default: export_<step>.safetensors in --workdir).',
+)
+_CHECKPOINT_NUMBER = flags.DEFINE_integer(
+  'checkpoint_number',
+  None,
+  'The checkpoint that --mode=export takes: N of checkpoints/checkpoint_N. Default: the newest.',
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'host:port of the first process, for a run of several processes.'
@@ -67,6 +80,7 @@ def main(argv: list[str]) -> None:
   # Imported here so that --help and a misspelt flag answer at once.
   import jax
 
+  import conversion
   import run_lib
   from errors import UserError
 
@@ -75,10 +89,16 @@ def main(argv: list[str]) -> None:
   if _COORDINATOR.value is not None:
     jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   try:
-    if _MODE.value == 'train':
-      run_lib.train(_CONFIG.value, _WORKDIR.value)
-    else:
-      run_lib.evaluate(_CONFIG.value, _WORKDIR.value, _EVAL_FOLDER.value)
+    config, workdir, checkpoint = _CONFIG.value, _WORKDIR.value, _CHECKPOINT.value
+    modes = {
+      'train': lambda: run_lib.train(config, workdir),
+      'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
+      'import': lambda: conversion.import_checkpoint(config, workdir, checkpoint),
+      'export': lambda: conversion.export_checkpoint(
+        config, workdir, checkpoint, _CHECKPOINT_NUMBER.value
+      ),
+    }
+    modes[_MODE.value]()
   except (UserError, FloatingPointError) as error:
     logging.get_absl_handler().flush()
     print(f'{type(error).__name__}: {error}', file=sys.stderr)

@@ -50,7 +50,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
   reporting.log_to_console()
   config = configuration.prepare(config)
   workdir = pathlib.Path(workdir)
-  _make_directory(workdir)
+  make_directory(workdir)
   configuration.record(config, workdir)
   reporting.log_to_file(workdir / 'stdout.txt')
   configuration.log_start(config)
@@ -109,7 +109,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     logging.info('Training is complete at step %d.', step)
 
 
-def _make_directory(path: pathlib.Path) -> None:
+def make_directory(path: pathlib.Path) -> None:
+  """Makes a working directory.
+
+  Raises:
+    UserError: if that cannot be done.
+  """
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
