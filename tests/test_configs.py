@@ -24,6 +24,7 @@ PARAMETERS = {
   'vp/ddpm/cifar10': 35_218_947,
   'vp/ddpm/cifar10_unconditional': 32_329_347,
   'vp/ddpm/bedroom': 111_569_923,
+  've/ncsnv2/cifar10': 33_970_563,
 }
 
 

@@ -29,6 +29,7 @@ import run_lib
 import torch_file
 from checkpoints import CheckpointDirectory
 from configs.ve import mnist_ncsnpp_continuous
+from configs.ve.ncsnv2 import cifar10 as cifar10_ncsnv2
 from configs.vp.ddpm import cifar10 as cifar10_ddpm
 from errors import UserError
 from models import utils as mutils
@@ -189,8 +190,22 @@ def write_zip(path, program, storages):
   return str(path)
 
 
-def port_content(state, config, order):
-  """What the port would save, its modules in the given order."""
+def listed(state, order):
+  """Names in the port of a network that keeps its modules in a list, by path."""
+  names = {
+    path: f'all_modules.{number}.' + path.partition('/')[2].replace('/', '.')
+    for number, module in enumerate(order)
+    for path in golden.flatten(state.params)
+    if path.startswith(f'{module}/')
+  }
+  return {
+    path: name.replace('.kernel', '.weight').replace('.scale', '.weight')
+    for path, name in names.items()
+  }
+
+
+def port_content(state, config, names):
+  """What the port would save, its parameters named by path and in that order."""
   adam = adam_of(state)
   flats = [golden.flatten(t) for t in (state.params, state.params_ema, adam['mu'], adam['nu'])]
 
@@ -198,17 +213,11 @@ def port_content(state, config, order):
     x = np.asarray(x)
     if path.endswith('/kernel'):
       x = x.T if x.ndim == 2 else x.transpose(3, 2, 0, 1)
-    return x
+    return x.reshape(-1) if x.shape[:3] == (1, 1, 1) else x
 
-  names = {
-    path: f'module.all_modules.{number}.' + path.partition('/')[2].replace('/', '.')
-    for number, module in enumerate(order)
-    for path in flats[0]
-    if path.startswith(f'{module}/')
-  }
   assert len(names) == len(flats[0])
   model, ema, mu, nu = ([torch_layout(path, flat[path]) for path in names] for flat in flats)
-  names = [n.replace('.kernel', '.weight').replace('.scale', '.weight') for n in names.values()]
+  names = [f'module.{name}' for name in names.values()]
   group = {
     'lr': config.optim.lr,
     'betas': (0.9, 0.999),
@@ -311,7 +320,7 @@ DDPM_ORDER = [
 def test_ddpm_of_the_port_becomes_the_same_state(tmp_path):
   config = ddpm_config()
   state = known_state(config)
-  content = port_content(state, config, DDPM_ORDER)
+  content = port_content(state, config, listed(state, DDPM_ORDER))
   assert_same(conversion.read_state(config, write_pth(tmp_path / 'c.pth', content)), state)
 
 
@@ -365,14 +374,29 @@ def test_parameters_of_ncsnv2_get_their_names_in_the_port(network, stages, refin
   assert len(names) == len(paths)
 
 
+@pytest.mark.parametrize('network', ['ncsnv2_64', 'ncsnv2_128', 'ncsnv2_256'])
+def test_ncsnv2_of_the_port_becomes_the_same_state(network, tmp_path):
+  config = cifar10_ncsnv2.get_config()
+  config.data.image_size = 8
+  config.model.update(name=network, nf=4)
+  config = configuration.prepare(config)
+  state = known_state(config)
+  paths = list(golden.flatten(state.params))
+  names = {path: conversion._ncsnv2_name(path, paths) for path in paths}
+  content = port_content(state, config, names)
+  assert_same(conversion.read_state(config, write_pth(tmp_path / 'c.pth', content)), state)
+
+
 def test_gaps_in_the_module_list_and_no_moments_are_understood(tmp_path):
   """Modules without weights take a place; before the first step Adam has no state."""
   config = ddpm_config()
   config.model.resamp_with_conv = False
   state = known_state(config)
-  content = port_content(state, config, [m for m in DDPM_ORDER if 'sample' not in m])
+  order = [m for m in DDPM_ORDER if 'sample' not in m]
+  content = port_content(state, config, listed(state, order))
   expected = conversion.read_state(config, write_pth(tmp_path / 'a.pth', content))
-  gaps = port_content(state, config, [m if 'sample' not in m else 'none' for m in DDPM_ORDER])
+  order = [m if 'sample' not in m else 'none' for m in DDPM_ORDER]
+  gaps = port_content(state, config, listed(state, order))
   gaps['optimizer']['state'] = {}
   read = conversion.read_state(config, write_pth(tmp_path / 'b.pth', gaps))
   assert_same(read.params, expected.params)
@@ -469,7 +493,8 @@ def test_names_that_do_not_fit_are_reported(tmp_path):
 
 def test_names_of_the_port_that_do_not_fit_are_reported(tmp_path):
   config = ddpm_config()
-  content = port_content(known_state(config), config, DDPM_ORDER)
+  state = known_state(config)
+  content = port_content(state, config, listed(state, DDPM_ORDER))
   wrong = ddpm_config()
   wrong.model.ch_mult = (1, 2, 2)
   message = refused(wrong, write_pth(tmp_path / 'c.pth', content), tmp_path)

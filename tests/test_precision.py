@@ -1,0 +1,110 @@
+"""Compute dtype and rematerialization of the networks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import configuration
+import datasets
+import run_lib
+import sde_lib
+from configs.vp import mnist_ddpmpp_continuous
+from errors import UserError
+from losses import init_state
+from models import utils
+from tests import golden_values as golden
+
+NETWORKS = [
+  'vp_ddpmpp_continuous',
+  *(
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ('ve_ncsnpp_continuous', 've_ncsnpp_1024_style', 'vp_ddpm', 've_ncsnv2', 've_ncsn')
+  ),
+]
+
+
+def gradient_of(recorded, **fields):
+  """The compiled function (params) -> (output, gradient of a loss), and recorded parameters."""
+  config = golden.config_of(recorded)
+  config.model.update(fields)
+  model = utils.create_model(config)
+  x, labels, probe = (jnp.asarray(recorded[key]) for key in ('x', 'labels', 'probe'))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.PRNGKey(0), x, labels, train=False))
+  params = golden.filled_like(shapes['params'])
+
+  def objective(params):
+    y = model.apply({'params': params}, x, labels, train=False)
+    return jnp.mean(y * probe), y
+
+  return jax.jit(jax.grad(objective, has_aux=True)).lower(params).compile(), params
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_bfloat16_is_close_to_single_precision_and_parameters_stay_in_it(name):
+  recorded = golden.load(f'net_{name}')
+  compiled, params = gradient_of(recorded, dtype='bfloat16')
+  grad, y = compiled(params)
+  assert y.dtype == jnp.float32
+  assert {leaf.dtype for leaf in jax.tree.leaves(grad)} == {jnp.dtype('float32')}
+  error = np.linalg.norm(y - recorded['y']) / np.linalg.norm(recorded['y'])
+  assert 1e-4 < error < 2e-2  # above the lower bound, or nothing was in bfloat16
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_rematerialization_keeps_parameter_names_and_changes_no_number(name):
+  recorded = golden.load(f'net_{name}')
+  compiled, params = gradient_of(recorded, remat=True)
+  assert list(golden.flatten(params)) == recorded['param_names'].tolist()
+  grad, y = compiled(params)
+  golden.assert_close(y, recorded['y'], 2e-5)
+  norms = [np.linalg.norm(leaf) for leaf in golden.flatten(grad).values()]
+  golden.assert_close(norms, recorded['grad_norms'], 1e-4)
+
+
+def test_rematerialization_keeps_less_for_the_gradient():
+  """What is handed from the forward to the backward pass, in bytes."""
+
+  def residual_bytes(remat):
+    config = mnist_ddpmpp_continuous.get_config()
+    config.model.remat = remat
+    model, _, params = utils.abstract_model(config)
+    x = jax.ShapeDtypeStruct((8, 28, 28, 1), jnp.float32)
+    labels = jax.ShapeDtypeStruct((8,), jnp.float32)
+
+    def forward(params, x, labels):
+      apply = lambda params: model.apply({'params': params}, x, labels, train=False)
+      return jax.vjp(apply, params)[1]
+
+    backward = jax.eval_shape(forward, params, x, labels)
+    kept = jax.tree.leaves(backward)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+
+  assert residual_bytes(True) < 0.5 * residual_bytes(False)
+
+
+def test_unknown_dtype_is_refused_by_name():
+  config = mnist_ddpmpp_continuous.get_config()
+  config.model.dtype = 'float8'
+  with pytest.raises(UserError, match=r"model.dtype 'float8': choose one of float32, bfloat16"):
+    configuration.prepare(config)
+
+
+@pytest.mark.slow
+def test_training_in_bfloat16_is_stable_for_200_steps():
+  config = mnist_ddpmpp_continuous.get_config()
+  config.model.dtype = 'bfloat16'
+  config.training.batch_size = 16
+  config = configuration.prepare(config)
+  train_ds, _, _ = datasets.get_dataset(config)
+  model, state = init_state(jax.random.PRNGKey(0), config)
+  train_step = run_lib.compile_train_step(
+    config, sde_lib.get_sde(config), model, train_ds.preprocess
+  )
+  batches = train_ds.iterate()
+  losses = []
+  for _ in range(200):
+    state, step_losses = train_step(state, [next(batches)['image']])
+    losses.extend(step_losses)
+  assert np.isfinite(losses).all()
+  assert np.mean(losses[-20:]) < 0.15 * np.mean(losses[:5])
