@@ -12,6 +12,7 @@ import ml_collections
 from absl import logging
 
 import datasets
+import fast_sampling  # noqa: F401  (registers its sampling methods)
 import losses
 import reporting
 import sampling

@@ -9,6 +9,7 @@ A predictor or corrector is a class with `update_fn(rng, x, t) -> (x, x_mean)`, 
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -278,7 +279,7 @@ def get_pc_sampler(
 @register_method(name='pc')
 def _pc_method(config, sde, model, shape, inverse_scaler, eps) -> Sampler:
   return get_pc_sampler(
-    sde,
+    _with_steps(config, sde),
     model,
     shape,
     get_predictor(config.sampling.predictor.lower()),
@@ -293,9 +294,20 @@ def _pc_method(config, sde, model, shape, inverse_scaler, eps) -> Sampler:
   )
 
 
+def _with_steps(config: Any, sde: SDE) -> SDE:
+  """The SDE in `sampling.n_steps` steps, where that is set."""
+  n_steps = config.sampling.n_steps
+  if n_steps and not config.training.continuous:
+    raise UserError(
+      f'sampling.n_steps={n_steps} needs a network that was trained on continuous time: this one '
+      f'knows the {sde.N} steps of model.num_scales only; set sampling.n_steps=0.'
+    )
+  return dataclasses.replace(sde, N=n_steps) if n_steps else sde
+
+
 def check(config: Any, sde: SDE) -> None:
   """Raises `UserError` for names that do not exist or settings that do not go together."""
-  _METHODS.get(config.sampling.method.lower())
+  get_sampling_fn(config, sde, None, (2, 2, 2, 1), lambda x: x)  # compiles nothing
   predictor = get_predictor(config.sampling.predictor.lower())
   corrector = get_corrector(config.sampling.corrector.lower())
   settings = config.sampling

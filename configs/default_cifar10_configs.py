@@ -22,9 +22,13 @@ def get_default_configs() -> ml_collections.ConfigDict:
   training.reduce_mean = False  # per-pixel mean of the loss; else half the sum
 
   config.sampling = sampling = ml_collections.ConfigDict()
-  sampling.method = 'pc'
+  sampling.method = 'pc'  # or 'heun', 'ddim', 'dpm_solver++'
   sampling.predictor = 'euler_maruyama'
   sampling.corrector = 'none'
+  sampling.n_steps = 0  # steps from T to eps; 0 takes model.num_scales
+  sampling.time_grid = 'edm'  # of the fast methods: 'edm', 'logsnr' or 'uniform'
+  sampling.rho = 7.0  # exponent of the grid 'edm'
+  sampling.churn = 0.0  # noise that method='heun' adds again
   sampling.n_steps_each = 1  # corrector steps after each predictor step
   sampling.noise_removal = True  # return the mean of the last step
   sampling.probability_flow = False

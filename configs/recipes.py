@@ -181,8 +181,8 @@ def laptop(config: ml_collections.ConfigDict) -> None:
   """A network and a schedule that two CPU cores train in ten minutes."""
   training = config.training
   training.batch_size = 32
-  training.n_iters = 2600
-  training.snapshot_freq = 1300
+  training.n_iters = 2000
+  training.snapshot_freq = 1000
   training.snapshot_freq_for_preemption = 100
   training.log_freq = 10
   training.eval_freq = 50

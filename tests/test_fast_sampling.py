@@ -1,0 +1,133 @@
+"""Fast samplers on a Gaussian, where the probability flow is known in closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import configuration
+import fast_sampling
+import sampling
+import sde_lib
+from configs.vp import mnist_ddpmpp_continuous
+from errors import UserError
+from losses import init_state
+from sde_lib import batch_mul
+from tests import tiny_config
+
+SDES = [sde_lib.VPSDE(), sde_lib.subVPSDE(), sde_lib.VESDE(sigma_max=10.0)]
+SHAPE = (8, 3, 3, 1)
+MEAN, STD = 0.3, 0.5  # of the data
+
+
+def flow_of(sde, grid, n, eps=1e-2):
+  def score_fn(x, t):
+    alpha, sigma = sde.marginal_prob(jnp.ones_like(t), t)
+    variance = alpha**2 * STD**2 + sigma**2
+    return -batch_mul(1 / variance, x - MEAN * alpha[:, None, None, None])
+
+  t = fast_sampling._TIME_GRIDS.get(grid)(sde, n, eps, 7.0)
+  return fast_sampling.Flow(sde, fast_sampling.get_denoiser(sde, score_fn), t, eps)
+
+
+def error(sde, solver, grid, n):
+  """Distance of the end of the flow from where the closed form has it, in standard deviations."""
+  rng = jax.random.PRNGKey(0)
+  flow = flow_of(sde, grid, n)
+  x = jax.jit(lambda rng: fast_sampling.solve(rng, flow, solver, SHAPE, denoise=False))(rng)
+  prior = sde.prior_sampling(jax.random.split(rng)[1], SHAPE)
+  # The flow keeps the number of standard deviations from the mean.
+  alpha, sigma = sde.marginal_prob(jnp.ones(2), jnp.asarray([sde.T, flow.eps]))
+  std = jnp.sqrt(alpha**2 * STD**2 + sigma**2)
+  expected = alpha[1] * MEAN + std[1] * (prior - alpha[0] * MEAN) / std[0]
+  return float(jnp.abs(x - expected).max() / std[1])
+
+
+@pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
+@pytest.mark.parametrize('grid', ['uniform', 'edm', 'logsnr'])
+@pytest.mark.parametrize(
+  ('solver', 'order'),
+  [(fast_sampling.DDIM(), 1), (fast_sampling.Heun(), 2), (fast_sampling.DPMSolverPP(), 2)],
+  ids=['ddim', 'heun', 'dpm_solver++'],
+)
+def test_error_falls_at_the_order_of_the_solver(sde, grid, solver, order):
+  steps = (40, 80)
+  errors = [error(sde, solver, grid, n + 1) for n in steps]
+  measured = np.log2(errors[0] / errors[1])
+  assert measured == pytest.approx(order, abs=0.45)
+
+
+@pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
+def test_forty_steps_of_second_order_are_within_three_hundredths_of_a_deviation(sde):
+  for solver in (fast_sampling.Heun(), fast_sampling.DPMSolverPP()):
+    assert error(sde, solver, 'logsnr', 41) < 0.03
+
+
+@pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
+@pytest.mark.parametrize('grid', ['uniform', 'edm', 'logsnr'])
+def test_grids_run_from_the_prior_to_eps_and_decrease(sde, grid):
+  t = np.asarray(flow_of(sde, grid, 30).t)
+  assert t[0] == sde.T
+  assert t[-1] == np.float32(1e-2)
+  assert (np.diff(t) < 0).all()
+
+
+@pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
+def test_time_is_found_from_the_noise_level(sde):
+  t = jnp.linspace(1e-2, sde.T, 50)
+  found = fast_sampling.time_of(sde, fast_sampling.noise_level(sde, t), 1e-3)
+  np.testing.assert_allclose(found, t, atol=1e-5)
+
+
+@pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
+def test_churn_keeps_the_distribution(sde):
+  shape = (4096, 2, 2, 1)
+  flow = flow_of(sde, 'edm', 41)
+  sample = jax.jit(
+    lambda rng: fast_sampling.solve(rng, flow, fast_sampling.Heun(churn=10.0), shape, False)
+  )
+  x = sample(jax.random.PRNGKey(1))
+  alpha, sigma = sde.marginal_prob(jnp.ones(1), jnp.asarray([flow.eps]))
+  std = float(jnp.sqrt(alpha**2 * STD**2 + sigma**2)[0])
+  assert x.mean() == pytest.approx(float(alpha[0]) * MEAN, abs=4 * std / 128 + 0.01)
+  assert x.std() == pytest.approx(std, rel=0.03)
+
+
+@pytest.mark.parametrize('method', ['ddim', 'heun', 'dpm_solver++'])
+def test_configured_method_counts_its_network_calls(method):
+  config = tiny_config.get_config()
+  config.sampling.method = method
+  config.sampling.n_steps = 4
+  config = configuration.prepare(config)
+  sde = sde_lib.get_sde(config)
+  model, state = init_state(jax.random.PRNGKey(0), config)
+  calls = []
+  apply = type(model).__call__
+
+  class Counting(type(model)):
+    def __call__(self, x, labels, train=True):
+      jax.debug.callback(lambda: calls.append(1))
+      return apply(self, x, labels, train)
+
+  counting = Counting(num_channels=1, width=8)
+  sampler = sampling.get_sampling_fn(config, sde, counting, (2, 28, 28, 1), lambda x: x)
+  samples, nfe = sampler(jax.random.PRNGKey(1), state)
+  jax.effects_barrier()
+  assert np.isfinite(samples).all()
+  assert len(calls) == nfe
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'message'),
+  [
+    ({'time_grid': 'cosine'}, "Unknown time grid 'cosine': choose one of edm, logsnr, uniform"),
+    ({'n_steps': 1}, 'sampling.n_steps=1 is too few: use at least 2'),
+    ({'churn': 1.0}, 'sampling.churn=1.0 needs the sampling method heun'),
+  ],
+)
+def test_bad_settings_are_refused_before_compilation(overrides, message):
+  config = mnist_ddpmpp_continuous.get_config()
+  config.sampling.method = 'ddim'
+  config.sampling.update(overrides)
+  with pytest.raises(UserError, match=message):
+    configuration.prepare(config)
