@@ -11,6 +11,7 @@ import jax
 import ml_collections
 from absl import logging
 
+import controllable_generation
 import datasets
 import fast_sampling  # noqa: F401  (registers its sampling methods)
 import losses
@@ -38,6 +39,7 @@ FREE = (
   'training.snapshot_sampling',
   'sampling.',
   'eval.',
+  'likelihood.',
 )
 
 FREQUENCIES = ('log_freq', 'eval_freq', 'snapshot_freq', 'snapshot_freq_for_preemption')
@@ -113,6 +115,7 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
   sde = sde_lib.get_sde(config)
   losses.get_optimizer(config)
   sampling.check(config, sde)
+  controllable_generation.check(config)
   datasets.check_batch_size(training.batch_size, 'training.batch_size')
   for name in ('n_iters', 'n_jitted_steps', *FREQUENCIES):
     if training[name] < 1:

@@ -28,7 +28,7 @@ from losses import State
 from models import utils as mutils
 from registry import Registry
 from sampling import Condition, Corrector, Predictor
-from sde_lib import SDE, ScoreFn, batch_mul
+from sde_lib import SDE, batch_mul
 
 Transform = Callable[[jax.Array], jax.Array]
 Scaler = Callable[[jax.Array], jax.Array]
@@ -233,6 +233,146 @@ class PosteriorGuidance(Condition):
     return guided
 
 
+def get_class_score(
+  sde: SDE, logit_fn: Callable[[jax.Array, jax.Array], jax.Array], inverse_scaler: Scaler
+) -> ClassScore:
+  """The gradient of log p(label | x_t) in x_t, for any SDE.
+
+  The classifier sees images of the range [0, 1] plus noise, as it would under the VE SDE: x_t /
+  alpha_t behind the inverse scaler is that, at the noise level sigma_t / alpha_t in its units.
+
+  Args:
+    sde: the forward SDE; its marginals must be linear in x_0.
+    logit_fn: (noisy images, noise level (B,)) -> logits, see `models.utils.get_logit_fn`.
+    inverse_scaler: from the network's range to [0, 1]; affine.
+  """
+  slope = float(inverse_scaler(1.0)) - float(inverse_scaler(0.0))
+
+  def log_likelihood(x, t, labels):
+    alpha, sigma = sde.marginal_prob(jnp.ones_like(t), t)
+    logits = logit_fn(inverse_scaler(batch_mul(1 / alpha, x)), slope * sigma / alpha)
+    log_p = jax.nn.log_softmax(logits)
+    return jnp.sum(jnp.take_along_axis(log_p, labels[:, None], axis=-1))
+
+  return jax.grad(log_likelihood)
+
+
+class Task(abc.ABC):
+  """What `--mode=sample` draws: a condition made of test images and labels.
+
+  Attributes:
+    uses_images: whether it needs the data set.
+
+  Args:
+    config: reads `sampling` and what the task needs.
+    sde: the forward SDE.
+    inverse_scaler: from the network's range to [0, 1].
+  """
+
+  uses_images = False
+
+  def __init__(self, config: Any, sde: SDE, inverse_scaler: Scaler):
+    self.settings = config.sampling
+    self.sde = sde
+
+  @abc.abstractmethod
+  def condition(self, images: jax.Array, labels: jax.Array) -> Condition:
+    """The condition for images (B, H, W, C), in the network's range, and their labels (B,)."""
+
+  def labels(self, index: np.ndarray) -> np.ndarray:
+    """The labels of the samples number `index`, for tasks that use no test images."""
+    return np.full(len(index), -1)
+
+  def given(self, condition: Condition, images: jax.Array) -> jax.Array:
+    """What of the images the condition knows, as images, for tasks that use test images."""
+    return images
+
+
+@register_task(name='unconditional')
+class Unconditional(Task):
+  """Samples of the model."""
+
+  def condition(self, images, labels):
+    return Condition()
+
+
+class _MeasurementTask(Task):
+  """Images of which a `Measurement` is given."""
+
+  uses_images = True
+
+  def given(self, condition, images):
+    return condition.finish(jnp.full_like(images, jnp.min(images)))
+
+
+def _regions(size: int) -> dict[str, np.ndarray]:
+  """Known pixels, (H, W), by the name of what is to be drawn."""
+  known = {}
+  for name, index in {
+    'right': np.s_[:, size // 2 :],
+    'left': np.s_[:, : size // 2],
+    'bottom': np.s_[size // 2 :],
+    'top': np.s_[: size // 2],
+    'center': np.s_[size // 4 : -size // 4, size // 4 : -size // 4],
+  }.items():
+    known[name] = np.ones((size, size), np.float32)
+    known[name][index] = 0
+  known['random'] = (np.random.RandomState(0).rand(size, size) < 0.25).astype(np.float32)
+  return known
+
+
+@register_task(name='inpaint')
+class Inpaint(_MeasurementTask):
+  """Draws the part of the image that `sampling.mask` names."""
+
+  def __init__(self, config, sde, inverse_scaler):
+    super().__init__(config, sde, inverse_scaler)
+    regions = _regions(config.data.image_size)
+    if self.settings.mask not in regions:
+      raise UserError(
+        f'Unknown sampling.mask {self.settings.mask!r}: choose one of {", ".join(regions)}.'
+      )
+    self.mask = regions[self.settings.mask][None, :, :, None]
+
+  def condition(self, images, labels):
+    return inpainting(self.sde, images, self.mask)
+
+
+@register_task(name='colorize')
+class Colorize(_MeasurementTask):
+  """Gives colours to the mean over the channels."""
+
+  def condition(self, images, labels):
+    if images.shape[-1] == 1:
+      raise UserError(
+        'sampling.task=colorize needs images in colour, data.num_channels=3: these have one '
+        'channel.'
+      )
+    return colorization(self.sde, images)
+
+
+@register_task(name='superres')
+class SuperResolution(_MeasurementTask):
+  """Sharpens images of which the means of blocks are given."""
+
+  def condition(self, images, labels):
+    return super_resolution(self.sde, images, self.settings.superres_factor)
+
+
+def check(config: Any) -> None:
+  """Raises `UserError` for a task that does not exist."""
+  _TASKS.get(config.sampling.task)
+
+
+def get_task(config: Any, sde: SDE, inverse_scaler: Scaler) -> Task:
+  """The task that `sampling.task` names.
+
+  Raises:
+    UserError: for an unknown one, or settings that it cannot do.
+  """
+  return _TASKS.get(config.sampling.task)(config, sde, inverse_scaler)
+
+
 def _pc_sampler_of_any_batch(
   sde: SDE,
   model: nn.Module,
@@ -272,9 +412,7 @@ def get_pc_inpainter(
   """
   settings = snr, n_steps, probability_flow, continuous, denoise, eps
   sampler = _pc_sampler_of_any_batch(sde, model, predictor, corrector, inverse_scaler, *settings)
-  return lambda rng, state, data, mask: sampler(
-    rng, state, data.shape, inpainting(sde, data, mask)
-  )
+  return lambda rng, state, data, mask: sampler(rng, state, data.shape, inpainting(sde, data, mask))
 
 
 def get_pc_colorizer(

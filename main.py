@@ -22,8 +22,10 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   None,
-  ['train', 'eval', 'import', 'export'],
+  ['train', 'sample', 'eval', 'import', 'export'],
   'train: train, or go on training where the run in --workdir stopped. '
+  'sample: draw images from the run in --workdir, as config.sampling says; with '
+  'config.sampling.task=inpaint, colorize, superres or class under a condition. '
   'eval: evaluate the checkpoints of the run in --workdir. '
   'import: start the run in --workdir from a published checkpoint, --checkpoint. '
   'export: write the EMA weights of the run in --workdir as safetensors.',
@@ -40,7 +42,8 @@ _CHECKPOINT = flags.DEFINE_string(
 _CHECKPOINT_NUMBER = flags.DEFINE_integer(
   'checkpoint_number',
   None,
-  'The checkpoint that --mode=export takes: N of checkpoints/checkpoint_N. Default: the newest.',
+  'The checkpoint that --mode=sample or export takes: N of checkpoints/checkpoint_N. Default: the '
+  'newest.',
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'host:port of the first process, for a run of several processes.'
@@ -92,6 +95,7 @@ def main(argv: list[str]) -> None:
     config, workdir, checkpoint = _CONFIG.value, _WORKDIR.value, _CHECKPOINT.value
     modes = {
       'train': lambda: run_lib.train(config, workdir),
+      'sample': lambda: run_lib.sample(config, workdir, _CHECKPOINT_NUMBER.value),
       'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
       'import': lambda: conversion.import_checkpoint(config, workdir, checkpoint),
       'export': lambda: conversion.export_checkpoint(

@@ -28,7 +28,8 @@ def get_default_configs() -> ml_collections.ConfigDict:
   sampling.n_steps = 0  # steps from T to eps; 0 takes model.num_scales
   sampling.time_grid = 'edm'  # of the fast methods: 'edm', 'logsnr' or 'uniform'
   sampling.rho = 7.0  # exponent of the grid 'edm'
-  sampling.churn = 0.0  # noise that method='heun' adds again
+  sampling.eta = 0.0  # new noise in ddim and dpm_solver++, from 0 (the flow) to 1 (the SDE)
+  sampling.churn = 0.0  # noise that heun adds and removes again
   sampling.n_steps_each = 1  # corrector steps after each predictor step
   sampling.noise_removal = True  # return the mean of the last step
   sampling.probability_flow = False
