@@ -22,9 +22,10 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   None,
-  ['train', 'eval', 'import', 'export'],
+  ['train', 'eval', 'train_classifier', 'import', 'export'],
   'train: train, or go on training where the run in --workdir stopped. '
   'eval: evaluate the checkpoints of the run in --workdir. '
+  'train_classifier: train, or go on training, the noise-conditional classifier. '
   'import: start the run in --workdir from a published checkpoint, --checkpoint. '
   'export: write the EMA weights of the run in --workdir as safetensors.',
 )
@@ -80,6 +81,7 @@ def main(argv: list[str]) -> None:
   # Imported here so that --help and a misspelt flag answer at once.
   import jax
 
+  import classifier
   import conversion
   import run_lib
   from errors import UserError
@@ -93,6 +95,7 @@ def main(argv: list[str]) -> None:
     modes = {
       'train': lambda: run_lib.train(config, workdir),
       'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
+      'train_classifier': lambda: classifier.train_classifier(config, workdir),
       'import': lambda: conversion.import_checkpoint(config, workdir, checkpoint),
       'export': lambda: conversion.export_checkpoint(
         config, workdir, checkpoint, _CHECKPOINT_NUMBER.value
@@ -114,7 +117,8 @@ def _cpu_devices(config: Any) -> int:
   """
   if _COORDINATOR.value is not None:
     return 1
-  sizes = [config.get(section, {}).get('batch_size', 1) for section in ('training', 'eval')]
+  sections = ('training', 'eval', 'classifier')
+  sizes = [config.get(section, {}).get('batch_size', 1) for section in sections]
   if not all(isinstance(size, int) for size in sizes):
     return 1  # the configuration is refused later, with a sentence
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
