@@ -159,7 +159,7 @@ def train_classifier(config: ml_collections.ConfigDict, workdir: str) -> None:
   configuration.log_start(config)
 
   with run_lib.open_run(workdir) as run:
-    module, _ = _create(config)
+    module = mutils.get_classifier(config.classifier.name)(**_fields(config))
     init = functools.partial(_init_state, config)
     state = run_lib.restore_or_init(run.directories, jax.eval_shape(init), init)
     train_step = run_lib.compile_steps(_train_step(config, module, train_ds.preprocess))
@@ -236,14 +236,15 @@ def _fields(config: Any) -> dict[str, Any]:
   return {name: config.classifier[name] for name in known if name in config.classifier}
 
 
-def _create(config: Any) -> tuple[Any, PyTree]:
-  key = _key(config, _INIT)
-  name, shape = config.classifier.name, _image_shape(config)
-  return mutils.create_classifier(key, 1, name=name, image_shape=shape, **_fields(config))
-
-
 def _init_state(config: Any) -> State:
-  return losses.first_state(config, {}, _create(config)[1])
+  _, params = mutils.create_classifier(
+    _key(config, _INIT),
+    batch_size=1,
+    name=config.classifier.name,
+    image_shape=_image_shape(config),
+    **_fields(config),
+  )
+  return losses.first_state(config, {}, params)
 
 
 def _key(config: Any, stream: int, step: jax.Array | int = 0) -> jax.Array:

@@ -169,12 +169,13 @@ def create_classifier(
   if ckpt_path is not None and is_classifier_file(ckpt_path):
     params, info = read_classifier_file(ckpt_path)
     name, image_shape = info['name'], info['image_shape']
-    if differing := dict(fields.items() - info['fields'].items()):
+    trained = info['fields']
+    if differing := {key: fields[key] for key in fields if fields[key] != trained.get(key)}:
       raise UserError(
-        f'{ckpt_path} holds a classifier with {info["fields"]}, not {differing}: '
+        f'{ckpt_path} holds a classifier with {trained}, not {differing}: '
         f'create it with the fields that it was trained with, or with none.'
       )
-    fields = info['fields']
+    fields = trained
   cls = get_classifier(name)
   known = classifier_fields(name)
   if unknown := set(fields) - set(known):
