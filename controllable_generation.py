@@ -23,6 +23,7 @@ import numpy as np
 import scipy.fft
 
 import sampling
+from classifier import classifier_score, load_classifier
 from errors import UserError
 from losses import State
 from models import utils as mutils
@@ -233,30 +234,6 @@ class PosteriorGuidance(Condition):
     return guided
 
 
-def get_class_score(
-  sde: SDE, logit_fn: Callable[[jax.Array, jax.Array], jax.Array], inverse_scaler: Scaler
-) -> ClassScore:
-  """The gradient of log p(label | x_t) in x_t, for any SDE.
-
-  The classifier sees images of the range [0, 1] plus noise, as it would under the VE SDE: x_t /
-  alpha_t behind the inverse scaler is that, at the noise level sigma_t / alpha_t in its units.
-
-  Args:
-    sde: the forward SDE; its marginals must be linear in x_0.
-    logit_fn: (noisy images, noise level (B,)) -> logits, see `models.utils.get_logit_fn`.
-    inverse_scaler: from the network's range to [0, 1]; affine.
-  """
-  slope = float(inverse_scaler(1.0)) - float(inverse_scaler(0.0))
-
-  def log_likelihood(x, t, labels):
-    alpha, sigma = sde.marginal_prob(jnp.ones_like(t), t)
-    logits = logit_fn(inverse_scaler(batch_mul(1 / alpha, x)), slope * sigma / alpha)
-    log_p = jax.nn.log_softmax(logits)
-    return jnp.sum(jnp.take_along_axis(log_p, labels[:, None], axis=-1))
-
-  return jax.grad(log_likelihood)
-
-
 class Task(abc.ABC):
   """What `--mode=sample` draws: a condition made of test images and labels.
 
@@ -357,6 +334,40 @@ class SuperResolution(_MeasurementTask):
 
   def condition(self, images, labels):
     return super_resolution(self.sde, images, self.settings.superres_factor)
+
+
+@register_task(name='class')
+class ClassConditional(Task):
+  """Images of the class `sampling.label`, or of all classes in turn."""
+
+  def __init__(self, config, sde, inverse_scaler):
+    super().__init__(config, sde, inverse_scaler)
+    trained = load_classifier(config.classifier.checkpoint)
+    data = config.data
+    shape = (data.image_size, data.image_size, data.num_channels)
+    if trained.image_shape != shape:
+      raise UserError(
+        f'{config.classifier.checkpoint} is a classifier of images of shape {trained.image_shape}, '
+        f'not {shape}: train one with --mode=train_classifier and name it in '
+        f'config.classifier.checkpoint.'
+      )
+    self.num_classes = trained.module.num_classes
+    if not -1 <= self.settings.label < self.num_classes:
+      raise UserError(
+        f'sampling.label={self.settings.label} must be a class, 0 to {self.num_classes - 1}, or -1 '
+        f'for all in turn.'
+      )
+    self.class_score = classifier_score(sde, trained.logits, inverse_scaler)
+
+  def labels(self, index):
+    if self.settings.label >= 0:
+      return np.full(len(index), self.settings.label)
+    return index % self.num_classes
+
+  def condition(self, images, labels):
+    return ClassGuidance(
+      labels=labels, class_score=self.class_score, scale=self.settings.guidance_scale
+    )
 
 
 def check(config: Any) -> None:
@@ -475,11 +486,11 @@ def get_pc_conditional_sampler(
     scale: of the guidance.
   """
   logit_fn = mutils.get_logit_fn(classifier, classifier_params)
-  class_score = get_class_score(sde, logit_fn, inverse_scaler)
+  class_score = classifier_score(sde, logit_fn, inverse_scaler)
   settings = snr, n_steps, probability_flow, continuous, denoise, eps
   sampler = _pc_sampler_of_any_batch(
     sde, score_model, predictor, corrector, inverse_scaler, *settings
   )
   return lambda rng, state, labels: sampler(
-    rng, state, shape, ClassGuidance(labels, class_score, scale)
+    rng, state, shape, ClassGuidance(labels=labels, class_score=class_score, scale=scale)
   )

@@ -1,10 +1,12 @@
 """Training and evaluation: the wiring between configuration, data, state and outputs."""
 
+import contextlib
+import dataclasses
 import json
 import pathlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -58,58 +60,119 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
   reporting.log_to_file(workdir / 'stdout.txt')
   configuration.log_start(config)
 
-  training = config.training
   train_ds, eval_ds, _ = datasets.get_dataset(config, config.data.uniform_dequantization)
   sde = sde_lib.get_sde(config)
+  with open_run(workdir) as run:
+    model, state = _initial_state(config, run.directories)
+    train_step = compile_train_step(config, sde, model, train_ds.preprocess)
+    eval_step = compile_eval_step(config, sde, model, eval_ds.preprocess)
+    draw = SampleDrawer(config, workdir, sde, model, lambda: run.preemption.requested(agreed=False))
+
+    def evaluate(state: State, step: int, metrics: reporting.MetricWriter) -> None:
+      images = eval_ds.batch(step // config.training.eval_freq)['image']
+      batch = parallelism.global_batch(images)
+      metrics.scalar('eval_loss', float(eval_step(state, batch)), step)
+
+    batches = (batch['image'] for batch in train_ds.iterate(int(state.step)))
+    train_loop(config.training, run, state, batches, train_step, evaluate, draw)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A working directory in which a training is going on.
+
+  Attributes:
+    workdir: the directory.
+    snapshots: the checkpoints that are kept.
+    latest: the latest states, from which the run continues.
+    preemption: says when to stop.
+  """
+
+  workdir: pathlib.Path
+  snapshots: CheckpointDirectory
+  latest: CheckpointDirectory
+  preemption: 'Preemption'
+
+  @property
+  def directories(self) -> list[CheckpointDirectory]:
+    return [self.latest, self.snapshots]
+
+
+@contextlib.contextmanager
+def open_run(workdir: pathlib.Path) -> Iterator[Run]:
+  """Opens the checkpoint directories of a run and takes its signals; waits for the last save."""
   with (
     CheckpointDirectory(workdir / 'checkpoints') as snapshots,
     CheckpointDirectory(workdir / 'checkpoints-meta', keep=2) as latest,
     Preemption() as preemption,
   ):
-    model, state = _initial_state(config, [latest, snapshots])
-    step = int(state.step)
-    last = training.n_iters - training.n_iters % training.n_jitted_steps
-    train_step = compile_train_step(config, sde, model, train_ds.preprocess)
-    eval_step = compile_eval_step(config, sde, model, eval_ds.preprocess)
-    draw = SampleDrawer(config, workdir, sde, model, lambda: preemption.requested(False))
+    yield Run(workdir, snapshots, latest, preemption)
 
-    with (
-      reporting.MetricWriter(workdir, step) as metrics,
-      tqdm.tqdm(total=last, initial=step, unit='step', disable=None) as progress,
-    ):
-      if _is_snapshot(step, last, training.snapshot_freq):
-        draw(state, metrics)  # if the process was killed between the checkpoint and its samples
-      batches = train_ds.iterate(step)
-      unchecked = []
-      while step < last:
-        group = [next(batches)['image'] for _ in range(training.n_jitted_steps)]
-        state, step_losses = train_step(state, group)
-        step += training.n_jitted_steps
-        unchecked.append(step_losses)
-        progress.update(training.n_jitted_steps)
 
-        snapshot_due = _is_snapshot(step, last, training.snapshot_freq)
-        save_due = snapshot_due or step % training.snapshot_freq_for_preemption == 0
-        stop = preemption.requested(step % training.log_freq == 0)
-        if step % training.log_freq == 0 or save_due or stop:
-          loss = _check_finite(unchecked, step)
-          unchecked = []
-        if step % training.log_freq == 0:
-          metrics.scalar('training_loss', loss, step)
-          progress.set_postfix(loss=f'{loss:.4g}')
-        if step % training.eval_freq == 0:
-          images = eval_ds.batch(step // training.eval_freq)['image']
-          batch = parallelism.global_batch(images)
-          metrics.scalar('eval_loss', float(eval_step(state, batch)), step)
-        if snapshot_due:
-          snapshots.save(-(-step // training.snapshot_freq), state)
-          stop = not draw(state, metrics) or stop
-        if save_due or stop:
-          latest.save(step, state)
-        if stop:
-          logging.info('Stopped by a signal at step %d; the same command continues.', step)
-          return
-    logging.info('Training is complete at step %d.', step)
+def train_loop(
+  training: Any,
+  run: Run,
+  state: State,
+  batches: Iterator[Any],
+  train_step: Callable[[State, list[Any]], tuple[State, jax.Array]],
+  evaluate: Callable[[State, int, reporting.MetricWriter], None],
+  at_snapshot: Callable[[State, reporting.MetricWriter], bool],
+) -> State | None:
+  """Steps from `state` to the last, with metrics, checkpoints and stopping.
+
+  Args:
+    training: `n_iters`, `n_jitted_steps` and the four frequencies.
+    run: where everything goes.
+    state: the state to start from.
+    batches: one per step, from that of `state` on.
+    train_step: `(state, n batches) -> (state, n losses)`; it consumes the state.
+    evaluate: called every `eval_freq` steps.
+    at_snapshot: called after every kept checkpoint, and again when a run continues from one;
+      returns False if it was asked to stop.
+
+  Returns:
+    The last state; None if a signal stopped the run before.
+
+  Raises:
+    NonFiniteLoss: the loss is NaN or infinite.
+  """
+  step = int(state.step)
+  last = training.n_iters - training.n_iters % training.n_jitted_steps
+  with (
+    reporting.MetricWriter(run.workdir, step) as metrics,
+    tqdm.tqdm(total=last, initial=step, unit='step', disable=None) as progress,
+  ):
+    if _is_snapshot(step, last, training.snapshot_freq):
+      at_snapshot(state, metrics)  # if the process was killed after the checkpoint, before this
+    unchecked = []
+    while step < last:
+      group = [next(batches) for _ in range(training.n_jitted_steps)]
+      state, step_losses = train_step(state, group)
+      step += training.n_jitted_steps
+      unchecked.append(step_losses)
+      progress.update(training.n_jitted_steps)
+
+      snapshot_due = _is_snapshot(step, last, training.snapshot_freq)
+      save_due = snapshot_due or step % training.snapshot_freq_for_preemption == 0
+      stop = run.preemption.requested(step % training.log_freq == 0)
+      if step % training.log_freq == 0 or save_due or stop:
+        loss = _check_finite(unchecked, step)
+        unchecked = []
+      if step % training.log_freq == 0:
+        metrics.scalar('training_loss', loss, step)
+        progress.set_postfix(loss=f'{loss:.4g}')
+      if step % training.eval_freq == 0:
+        evaluate(state, step, metrics)
+      if snapshot_due:
+        run.snapshots.save(-(-step // training.snapshot_freq), state)
+        stop = not at_snapshot(state, metrics) or stop
+      if save_due or stop:
+        run.latest.save(step, state)
+      if stop:
+        logging.info('Stopped by a signal at step %d; the same command continues.', step)
+        return None
+  logging.info('Training is complete at step %d.', step)
+  return state
 
 
 def make_directory(path: pathlib.Path) -> None:
@@ -138,12 +201,20 @@ def _stream(config: Any, stream: int) -> jax.Array:
 def _initial_state(config: Any, directories: list[CheckpointDirectory]) -> tuple[nn.Module, State]:
   """The network, and the newest saved state or that of step 0, on all devices."""
   model, like = losses.abstract_state(config)
+  init = lambda: losses.init_state(_stream(config, _INIT), config)[1]
+  return model, restore_or_init(directories, like, init)
+
+
+def restore_or_init(
+  directories: list[CheckpointDirectory], like: State, init: Callable[[], State]
+) -> State:
+  """The newest saved state, shaped as `like`, or else that of `init`, on all devices."""
   state = checkpoints.restore_newest(directories, like)
   if state is None:
-    state = parallelism.replicate(losses.init_state(_stream(config, _INIT), config)[1])
+    state = parallelism.replicate(init())
   count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   logging.info('parameters: %d', count)
-  return model, state
+  return state
 
 
 def _check_finite(chunks: list[jax.Array], step: int) -> float:
@@ -157,7 +228,8 @@ def _check_finite(chunks: list[jax.Array], step: int) -> float:
   if len(bad):
     raise NonFiniteLoss(
       f'training_loss is {values[bad[0]]} at step {step - len(values) + 1 + bad[0]}; the '
-      f'checkpoints hold earlier steps. Lower optim.lr, lengthen optim.warmup or check the data.'
+      f'checkpoints hold earlier steps. Lower the learning rate, lengthen the warm-up or check '
+      f'the data.'
     )
   return float(values[-1])
 
@@ -171,15 +243,12 @@ def compile_train_step(
 ) -> Callable[[State, list[np.ndarray]], tuple[State, jax.Array]]:
   """The function `(state, n uint8 batches) -> (state, n losses)`; it consumes the state.
 
-  On accelerators the n steps are one compiled loop. On CPU, where a call costs nothing and XLA
-  slows convolutions in loops down, they are n calls of the same compiled step.
-
   Args:
     config: reads `training`, `optim`, `seed`.
     sde: the forward SDE.
     model: the network.
     preprocess: see `datasets.get_preprocess_fn`.
-    fused: overrides the choice.
+    fused: see `compile_steps`.
   """
   step_fn = losses.build_step_fn(config, sde, model, train=True)
   root = _stream(config, _TRAIN)
@@ -190,17 +259,33 @@ def compile_train_step(
     (_, state), loss = step_fn((step_rng, state), batch)
     return state, loss
 
+  return compile_steps(one_step, fused)
+
+
+def compile_steps(
+  one_step: Callable[[State, Any], tuple[State, jax.Array]], fused: bool | None = None
+) -> Callable[[State, list[Any]], tuple[State, jax.Array]]:
+  """The function `(state, n batches) -> (state, n losses)`; it consumes the state.
+
+  On accelerators the n steps are one compiled loop. On CPU, where a call costs nothing and XLA
+  slows convolutions in loops down, they are n calls of the same compiled step.
+
+  Args:
+    one_step: `(state, global batch) -> (state, loss)`.
+    fused: overrides the choice.
+  """
   whole = parallelism.replicated()
   if fused is None:
     fused = jax.default_backend() != 'cpu'
   if fused:
     compiled = jax.jit(
-      lambda state, images: jax.lax.scan(one_step, state, images),
+      lambda state, batches: jax.lax.scan(one_step, state, batches),
       donate_argnums=0,
       in_shardings=(whole, parallelism.batch_sharding(axis=1)),
       out_shardings=whole,
     )
-    return lambda state, group: compiled(state, parallelism.global_batch(np.stack(group), axis=1))
+    stack = lambda group: jax.tree.map(lambda *arrays: np.stack(arrays), *group)
+    return lambda state, group: compiled(state, parallelism.global_batch(stack(group), axis=1))
 
   compiled = jax.jit(
     one_step,
@@ -209,10 +294,10 @@ def compile_train_step(
     out_shardings=whole,
   )
 
-  def steps(state: State, group: list[np.ndarray]) -> tuple[State, np.ndarray]:
+  def steps(state: State, group: list[Any]) -> tuple[State, np.ndarray]:
     step_losses = []
-    for images in group:
-      state, loss = compiled(state, parallelism.global_batch(images))
+    for batch in group:
+      state, loss = compiled(state, parallelism.global_batch(batch))
       step_losses.append(loss)
     return state, np.asarray(step_losses)
 

@@ -93,4 +93,23 @@ def get_default_configs() -> ml_collections.ConfigDict:
   optim.weight_decay = 0.0
   optim.warmup = 5000  # steps of linear warm-up
   optim.grad_clip = 1.0  # largest global norm of the gradient; negative turns clipping off
+
+  # The noise-conditional classifier: --mode=train_classifier, class-conditional sampling.
+  # Frequencies, seed, beta1, eps and grad_clip are those of `training` and `optim`.
+  config.classifier = classifier = ml_collections.ConfigDict()
+  classifier.checkpoint = ''  # a classifier.safetensors, for sampling
+  classifier.name = 'wideresnet_noise_conditional'
+  classifier.num_classes = 10
+  classifier.blocks_per_group = 4
+  classifier.channel_multiplier = 10
+  classifier.embedding_size = 128
+  classifier.fourier_scale = 16.0
+  classifier.sigma_min = 0.01  # the noise levels, in units of images in [0, 1]
+  classifier.sigma_max = 80.0
+  classifier.batch_size = 128  # over all devices
+  classifier.n_iters = 200000
+  classifier.lr = 2e-4
+  classifier.warmup = 5000  # steps of linear warm-up
+  classifier.weight_decay = 0.0  # of the kernels
+  classifier.ema_rate = 0.999
   return config

@@ -13,6 +13,7 @@ import fast_sampling
 import run_lib
 import sampling
 import sde_lib
+from classifier import classifier_score
 from errors import UserError
 from tests import golden_values as golden
 from tests import tiny_config
@@ -216,7 +217,7 @@ def test_class_guidance_makes_the_score_of_the_class(sde):
 
     return jax.vmap(jax.grad(log_density))(x, alpha, sigma)
 
-  guidance = control.get_class_score(sde, log_p, lambda x: (x + 1) / 2)
+  guidance = classifier_score(sde, log_p, lambda x: (x + 1) / 2)
   t = jnp.linspace(0.1, 0.9, 6)
   labels = jnp.asarray([0, 1, 0, 1, 0, 1])
   x = sde_lib.batch_mul(sde.marginal_prob(jnp.zeros((6, 1)), t)[1], jnp.ones((6, *SHAPE))) * 0.7
