@@ -37,7 +37,7 @@ COMPONENTS = 64
 
 PC = {'method': 'pc', 'predictor': 'reverse_diffusion', 'corrector': 'langevin'}
 ROWS = {
-  'PC': [PC | {'n_steps': n} for n in (1000, 100)],
+  'PC': [PC | {'n_steps': n} for n in (1000, 100, 25)],
   'Euler-Maruyama': [{'method': 'pc', 'n_steps': n, 'corrector': 'none'} for n in (1000, 250, 50)],
   'ODE (RK45)': [{'method': 'ode', 'rtol': tol, 'atol': tol} for tol in (1e-3, 1e-5)],
 }
