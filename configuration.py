@@ -85,6 +85,9 @@ def _known_fields(section: str, config: Any, defaults: Any) -> dict[str, Any]:
     known = dict.fromkeys(mutils.all_model_fields() | sde_lib.all_sde_fields()) | known
     known |= mutils.model_fields(config.model.get('name', defaults.model.name))
     known |= sde_lib.sde_fields(config.training.get('sde', defaults.training.sde))
+  if section == 'classifier':
+    name = config.classifier.get('name', defaults.classifier.name)
+    known = dict.fromkeys(mutils.classifier_fields(name)) | known
   if section == 'data':
     known |= dict.fromkeys(datasets.extra_keys(config.data.get('dataset', defaults.data.dataset)))
   return known

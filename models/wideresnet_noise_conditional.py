@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from errors import UserError
 from models import convolution
 from models.layers import GaussianFourierProjection, GroupNorm
 from models.utils import register_classifier
@@ -110,8 +111,18 @@ class WideResnet(nn.Module):
   def __call__(
     self, x: jax.Array, sigmas: jax.Array, train: bool = True, pooled: bool = False
   ) -> jax.Array:
-    """The logits; with `pooled`, what the last layer makes them of (see `features`)."""
+    """The logits; with `pooled`, what the last layer makes them of (see `features`).
+
+    Raises:
+      UserError: for images whose sides are not multiples of 4.
+    """
     del train  # without dropout and batch statistics it makes no difference
+    height, width = x.shape[1:3]
+    if height % 4 or width % 4:
+      raise UserError(
+        f'The classifier cannot halve images of {height}x{width} pixels twice: '
+        f'set data.image_size to a multiple of 4.'
+      )
     temb = GaussianFourierProjection(self.embedding_size, self.fourier_scale)(jnp.log(sigmas))
     temb = nn.Dense(self.embedding_size * 4)(temb)
     temb = nn.Dense(self.embedding_size * 4)(nn.swish(temb))

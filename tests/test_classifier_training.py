@@ -57,6 +57,7 @@ def small_config():
   config = tiny_config.get_config()
   with config.unlocked():
     config.data.num_labels = 2
+    config.classifier.width = 6
   config.data.dataset = 'HALVES'
   config.data.image_size = 8
   config.model.num_scales = 30
@@ -224,7 +225,7 @@ def test_features_are_what_the_last_layer_sees_and_noise_levels_are_clamped(trai
   last = loaded.params['Dense_0']
   sigmas = jnp.asarray([0.02, 1.0, 50.0])
   features = loaded.features(x, sigmas)
-  assert features.shape == (3, 128)
+  assert features.shape == (3, 96)
   logits = features @ last['kernel'] + last['bias']
   np.testing.assert_allclose(logits, loaded.logits(x, sigmas), rtol=1e-5, atol=1e-5)
   beyond = loaded.logits(x, jnp.asarray([0.0, 1.0, 1e4]))
@@ -237,7 +238,7 @@ def test_file_brings_its_own_fields_and_wrong_files_are_refused(trained, tmp_pat
   path = trained / training.FILE
   key = jax.random.PRNGKey(3)
   module, params = utils.create_classifier(key, 2, path)
-  assert module == TinyClassifier(num_classes=2)
+  assert module == TinyClassifier(num_classes=2, width=6)
   loaded = classifier.load_classifier(path)
   jax.tree.map(np.testing.assert_array_equal, params, loaded.params)
   with pytest.raises(UserError, match=r"not {'num_classes': 10}: create it with the fields"):
@@ -265,8 +266,10 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(trained, t
   with pytest.raises(UserError, match=r'has the label \d, but classifier.num_classes=2'):
     training.train_classifier(config, workdir)
   config = small_config()
+  config.classifier.name = 'wideresnet_noise_conditional'
+  del config.classifier.width
   config.data.image_size = 10
-  with pytest.raises(UserError, match='data.image_size=10 cannot be halved twice'):
+  with pytest.raises(UserError, match='cannot halve images of 10x10 pixels twice'):
     training.train_classifier(config, workdir)
   assert not workdir.exists()
 
