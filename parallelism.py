@@ -46,6 +46,13 @@ def replicate(tree: PyTree) -> PyTree:
   )
 
 
+def split(batch: PyTree) -> PyTree:
+  """Puts a batch that every process holds on the devices, each with its rows."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(np.shape(x), batch_sharding(), lambda i: x[i]), batch
+  )
+
+
 def global_batch(local: PyTree, axis: int = 0) -> PyTree:
   """Joins each process's part of a batch, split along `axis`, into global arrays."""
   sharding = batch_sharding(axis)

@@ -16,6 +16,8 @@ import tqdm
 from absl import logging
 from PIL import Image
 
+from errors import UserError
+
 
 def write_atomic(path: pathlib.Path, data: bytes) -> None:
   """Writes a file that is complete or absent, whenever the process is killed."""
@@ -31,6 +33,18 @@ def write_atomic(path: pathlib.Path, data: bytes) -> None:
   except BaseException:
     os.unlink(temporary)
     raise
+
+
+def check_writable(path: pathlib.Path, setting: str) -> None:
+  """Raises `UserError`, naming the `setting`, if no file can be written to the directory `path`."""
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+      pass
+  except OSError as error:
+    raise UserError(
+      f'{setting}: nothing can be written to {path} ({error.strerror}): choose another folder.'
+    ) from error
 
 
 def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
