@@ -40,6 +40,9 @@ FREE = (
   'eval.',
 )
 
+# Streams of random numbers, each a fold of the seed; new ones come last.
+STREAMS = ('init', 'train', 'eval', 'sample', 'bpd')
+
 FREQUENCIES = ('log_freq', 'eval_freq', 'snapshot_freq', 'snapshot_freq_for_preemption')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
@@ -134,6 +137,11 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
   losses.build_step_fn(config, sde, model, train=False)
   if not training.continuous:
     sde.perturb_discrete(*jax.numpy.zeros((3, 1)).astype(int))
+
+
+def stream(config: Any, name: str) -> jax.Array:
+  """The root key of one kind of random numbers."""
+  return jax.random.fold_in(jax.random.PRNGKey(config.seed), STREAMS.index(name))
 
 
 def flatten(config: Any) -> dict[str, Any]:

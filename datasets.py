@@ -128,6 +128,10 @@ class Dataset:
     """The number of batches of `once`."""
     return -(-len(self.source) // self.batch_size)
 
+  def count(self, batch: int) -> int:
+    """How many examples batch number `batch` of `once` has, in all processes."""
+    return min(self.batch_size, len(self.source) - batch * self.batch_size)
+
   def __iter__(self) -> Iterator[Example]:
     return self.iterate()
 

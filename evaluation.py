@@ -191,6 +191,10 @@ class DatasetStats:
   floor: dict[str, float]
   name: str
 
+  def checksum(self) -> str:
+    """Tells these statistics from others."""
+    return hashlib.sha256(self.mean.tobytes() + self.covariance.tobytes()).hexdigest()[:16]
+
 
 def default_stats_path(config: Any) -> pathlib.Path:
   """`assets/stats/<data set>_<size>_<split>_<extractor>.npz`."""
@@ -313,7 +317,7 @@ def write_stats(config: Any) -> pathlib.Path:
   digest, moments, features = hashlib.sha256(), metrics.Moments(extractor.num_features), []
   for i, batch in enumerate(tqdm.tqdm(dataset.once(), 'statistics', len(dataset), disable=None)):
     images = parallelism.global_batch(batch['image'])
-    count = min(size, len(source) - i * size)
+    count = dataset.count(i)
     digest.update(parallelism.to_host(images)[:count].tobytes())
     pool_3 = extractor.extract_global(images)['pool_3'][:count]
     moments.add(pool_3)

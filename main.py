@@ -22,9 +22,10 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   None,
-  ['train', 'eval', 'import', 'export'],
+  ['train', 'eval', 'stats', 'import', 'export'],
   'train: train, or go on training where the run in --workdir stopped. '
   'eval: evaluate the checkpoints of the run in --workdir. '
+  'stats: make the statistics of the data that eval compares samples with; needs no --workdir. '
   'import: start the run in --workdir from a published checkpoint, --checkpoint. '
   'export: write the EMA weights of the run in --workdir as safetensors.',
 )
@@ -93,6 +94,7 @@ def main(argv: list[str]) -> None:
     modes = {
       'train': lambda: run_lib.train(config, workdir),
       'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
+      'stats': lambda: run_lib.make_stats(config),
       'import': lambda: conversion.import_checkpoint(config, workdir, checkpoint),
       'export': lambda: conversion.export_checkpoint(
         config, workdir, checkpoint, _CHECKPOINT_NUMBER.value
@@ -142,5 +144,10 @@ def _use_huge_pages() -> None:
 if __name__ == '__main__':
   _use_huge_pages()
   _keep_compiled_programs()
-  flags.mark_flags_as_required(['config', 'workdir', 'mode'])
+  flags.mark_flags_as_required(['config', 'mode'])
+  flags.register_multi_flags_validator(
+    ['workdir', 'mode'],
+    lambda given: given['workdir'] is not None or given['mode'] == 'stats',
+    'Flag --workdir must have a value other than None.',
+  )
   app.run(main, flags_parser=parse_flags)

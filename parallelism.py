@@ -76,3 +76,10 @@ def _gather(x: jax.Array) -> jax.Array:
 def any_process(flag: bool) -> bool:
   """Whether `flag` holds in any process; all of them must ask."""
   return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def from_first_process(value: int) -> int:
+  """The value that the first process has; all of them must ask."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.broadcast_one_to_all(np.asarray(value)))

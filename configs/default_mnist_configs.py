@@ -13,4 +13,6 @@ def get_default_configs() -> ml_collections.ConfigDict:
   data.image_size = 28
   data.num_channels = 1
   data.random_flip = False  # a mirrored digit is no digit
+
+  config.eval.extractor = 'none'
   return config
