@@ -14,17 +14,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import parallelism
 from errors import UserError
-from losses import State
-from models import utils as mutils
 from registry import Registry
-from sampling import Sampler, register_method
+from sampling import Condition, Method, register_method
 from sde_lib import SDE, ScoreFn, batch_mul
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
@@ -97,18 +94,13 @@ class Flow:
     sde: the forward SDE.
     denoiser: D(x_t, t).
     t: decreasing times, (n,).
-    eps: the last of them.
+    s: noise levels at these times, (n,).
   """
 
   sde: SDE
   denoiser: Denoiser
   t: jax.Array
-  eps: float
-
-  @property
-  def s(self) -> jax.Array:
-    """Noise levels at the times, (n,)."""
-    return noise_level(self.sde, self.t)
+  s: jax.Array
 
   def D(self, y: jax.Array, t: jax.Array) -> jax.Array:
     """The denoised image at y = x / alpha and the time `t`, a scalar."""
@@ -168,9 +160,10 @@ class Heun(Solver):
     s, t = flow.s[i], flow.t[i]
     if self.churn:
       gamma = min(self.churn / (len(flow.t) - 1), np.sqrt(2) - 1)
-      churned = jnp.clip(s * (1 + gamma), s, jnp.maximum(s, flow.s[0]))  # s may round above s[0]
-      y = y + jnp.sqrt(churned**2 - s**2) * jax.random.normal(rng, y.shape)
-      there = time_of(flow.sde, churned[None], flow.eps)[0]
+      churned = jnp.minimum(s * (1 + gamma), flow.s[0])
+      added = (churned - s) * (churned + s)  # never negative, as a difference of squares may be
+      y = y + jnp.sqrt(added) * jax.random.normal(rng, y.shape)
+      there = time_of(flow.sde, churned[None], flow.t[-1])[0]
       s, t = churned, jnp.where(churned > s, there, t)
     following = flow.s[i + 1]
     slope = (y - flow.D(y, t)) / s
@@ -196,88 +189,82 @@ class DPMSolverPP(Solver):
     return target + s[i + 1] / s[i] * (y - target), D
 
 
-def get_fast_sampler(
-  sde: SDE,
-  model: nn.Module,
-  shape: tuple[int, ...],
-  solver: Solver,
-  inverse_scaler: Callable[[jax.Array], jax.Array],
-  n_steps: int,
-  time_grid: str = 'edm',
-  rho: float = 7.0,
-  continuous: bool = True,
-  denoise: bool = True,
-  eps: float = 1e-3,
-) -> Sampler:
-  """A sampler `(rng, state) -> (samples, number of network calls)`.
+class FlowMethod(Method):
+  """A sampling method that follows the probability flow by one of the solvers here.
 
   Args:
     sde: the forward SDE; its marginals must be linear in x_0.
-    model: the network.
-    shape: (B, H, W, C) over all devices.
     solver: the numerical method.
-    inverse_scaler: from the network's range to [0, 1].
-    n_steps: times on the grid, at least 2.
+    n_times: times on the grid, at least 2.
     time_grid: 'edm', 'logsnr', 'uniform' or a registered name.
     rho: exponent of the grid 'edm'.
-    continuous: whether the network was trained on continuous time.
     denoise: end with the denoised image at `eps`, which is one more network call.
     eps: the last time.
 
   Raises:
-    UserError: for an unknown grid or fewer than two steps.
+    UserError: for an unknown grid or fewer than two times.
   """
-  grid = _TIME_GRIDS.get(time_grid)
-  if n_steps < 2:
-    raise UserError(f'sampling.n_steps={n_steps} is too few: use at least 2.')
-  calls = (n_steps - 1) * solver.evaluations + denoise
 
-  def flow_of(score_fn):
-    return Flow(sde, get_denoiser(sde, score_fn), grid(sde, n_steps, eps, rho), eps)
+  def __init__(
+    self,
+    sde: SDE,
+    solver: Solver,
+    n_times: int,
+    time_grid: str = 'edm',
+    rho: float = 7.0,
+    denoise: bool = True,
+    eps: float = 1e-3,
+  ):
+    grid = _TIME_GRIDS.get(time_grid)
+    if n_times < 2:
+      raise UserError(f'sampling.n_steps={n_times} is too few: use at least 2.')
+    self.sde, self.solver, self.denoise = sde, solver, denoise
+    self.n_steps = n_times - 1
+    self.calls_per_step = solver.evaluations
+    with jax.ensure_compile_time_eval():
+      self.t = grid(sde, n_times, eps, rho)
+      self.s = noise_level(sde, self.t)
 
-  @jax.jit
-  def sample(rng, params, model_state):
-    score_fn = mutils.get_score_fn(sde, model, params, model_state, False, continuous)
-    return inverse_scaler(solve(rng, flow_of(score_fn), solver, shape, denoise))
+  def _flow(self, score_fn: ScoreFn, condition: Condition) -> Flow:
+    denoiser = get_denoiser(self.sde, condition.flow_score(score_fn))
+    return Flow(self.sde, denoiser, self.t, self.s)
 
-  def fast_sampler(rng: jax.Array, state: State) -> tuple[jax.Array, int]:
-    return sample(rng, state.params_ema, state.model_state), calls
+  def _alpha(self, i: int | jax.Array) -> jax.Array:
+    return self.sde.marginal_prob(jnp.ones(1), self.t[i][None])[0]
 
-  return fast_sampler
+  def init(self, score_fn, condition, rng, shape, z):
+    rng, prior_rng = jax.random.split(rng)
+    x = parallelism.shard_batch(self.sde.prior_sampling(prior_rng, shape) if z is None else z)
+    y = x / self._alpha(0)
+    return x, y, self.solver.init(self._flow(score_fn, condition), y), rng
 
+  def step(self, score_fn, condition, i, carry):
+    _, y, memory, rng = carry
+    flow = self._flow(score_fn, condition)
+    y, memory = self.solver.step(flow, i, jax.random.fold_in(rng, i), y, memory)
+    return y * self._alpha(i + 1), y, memory, rng
 
-def solve(
-  rng: jax.Array, flow: Flow, solver: Solver, shape: tuple[int, ...], denoise: bool = True
-) -> jax.Array:
-  """Integrates the flow from a sample of the prior to the last time of its grid."""
-  rng, prior_rng = jax.random.split(rng)
-  x = parallelism.shard_batch(flow.sde.prior_sampling(prior_rng, shape))
-  ends = flow.sde.marginal_prob(jnp.ones(2), jnp.stack([flow.t[0], flow.t[-1]]))[0]
-  y = x / ends[0]
+  def result(self, score_fn, condition, carry):
+    x, y = carry[:2]
+    if not self.denoise:
+      return x
+    return condition.finish(self._flow(score_fn, condition).D(y, self.t[-1]))
 
-  def step(i, carry):
-    y, memory = carry
-    return solver.step(flow, i, jax.random.fold_in(rng, i), y, memory)
-
-  y, _ = jax.lax.fori_loop(0, len(flow.t) - 1, step, (y, solver.init(flow, y)))
-  return flow.D(y, flow.t[-1]) if denoise else y * ends[1]
+  def nfe(self, carry):
+    return super().nfe(carry) + self.denoise
 
 
 def _register(name: str, solver: type[Solver]) -> None:
-  def make(config, sde, model, shape, inverse_scaler, eps) -> Sampler:
+  def make(config: Any, sde: SDE, eps: float) -> Method:
     settings = config.sampling
-    return get_fast_sampler(
+    return FlowMethod(
       sde,
-      model,
-      shape,
       solver(settings.churn),
-      inverse_scaler,
-      n_steps=settings.n_steps or sde.N,
-      time_grid=settings.time_grid,
-      rho=settings.rho,
-      continuous=config.training.continuous,
-      denoise=settings.noise_removal,
-      eps=eps,
+      settings.n_steps or sde.N,
+      settings.time_grid,
+      settings.rho,
+      settings.noise_removal,
+      eps,
     )
 
   make.__qualname__ = solver.__qualname__

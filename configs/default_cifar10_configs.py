@@ -22,7 +22,7 @@ def get_default_configs() -> ml_collections.ConfigDict:
   training.reduce_mean = False  # per-pixel mean of the loss; else half the sum
 
   config.sampling = sampling = ml_collections.ConfigDict()
-  sampling.method = 'pc'  # or 'heun', 'ddim', 'dpm_solver++'
+  sampling.method = 'pc'  # or 'ode', 'heun', 'ddim', 'dpm_solver++'
   sampling.predictor = 'euler_maruyama'
   sampling.corrector = 'none'
   sampling.n_steps = 0  # steps from T to eps; 0 takes model.num_scales
@@ -33,6 +33,26 @@ def get_default_configs() -> ml_collections.ConfigDict:
   sampling.noise_removal = True  # return the mean of the last step
   sampling.probability_flow = False
   sampling.snr = 0.16  # signal-to-noise ratio of the corrector
+  sampling.ode_solver = 'RK45'  # of method='ode'; or RK23, DOP853, a name of diffrax
+  sampling.rtol = 1e-5  # of method='ode'
+  sampling.atol = 1e-5
+  sampling.per_image_seeds = False  # each image from its own key, whatever the batch size
+  sampling.task = 'unconditional'  # of --mode=sample; or inpaint, colorize, superres, class
+  sampling.num_samples = 64  # of --mode=sample
+  sampling.batch_size = 64  # of --mode=sample
+  sampling.mask = 'right'  # what task='inpaint' draws: right, left, bottom, top, center, random
+  sampling.superres_factor = 4  # side of the blocks of task='superres'
+  sampling.label = -1  # class of task='class'; -1 takes all in turn
+  sampling.guidance_scale = 1.0  # of task='class'
+  sampling.trajectory_every = 0  # steps between the frames of a GIF; 0 makes none
+
+  config.likelihood = likelihood = ml_collections.ConfigDict()
+  likelihood.hutchinson_type = 'Rademacher'  # or 'Gaussian', 'exact'
+  likelihood.num_probes = 1  # probes that are averaged
+  likelihood.ode_solver = 'RK45'
+  likelihood.rtol = 1e-5
+  likelihood.atol = 1e-5
+  likelihood.eps = 1e-5  # the time that the data are taken to be at
 
   config.eval = evaluate = ml_collections.ConfigDict()
   evaluate.begin_ckpt = 9

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+import losses
+import sde_lib
+from models import utils
 from tests.golden.fill import fill
+
+# Networks with recorded samplers, likelihoods and conditional samples.
+CONTINUOUS = ('ve_ncsnpp_continuous', 'vp_ddpmpp_continuous', 'subvp_ddpmpp_continuous')
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
@@ -42,6 +48,24 @@ def filled_like(params):
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   filled = {path: jnp.asarray(fill(path, leaf.shape)) for path, leaf in flat.items()}
   return flax.traverse_util.unflatten_dict(filled, sep='/')
+
+
+def sampling_setup(name: str):
+  """Recorded values, settings, configuration, SDE, network and state of a recorded sampler."""
+  prefix = f'{name}/'
+  entries = load('samplers')
+  recorded = {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
+  settings = json.loads(str(recorded['config']))
+  config = config_of(load(f'net_{name}'))
+  config.model.num_scales = settings['N']
+  model = utils.create_model(config)
+  x = jnp.zeros(recorded['pc_denoise0'].shape)
+  shapes = jax.eval_shape(
+    lambda: model.init(jax.random.PRNGKey(0), x, jnp.ones(2), train=False)
+  )
+  params = filled_like(shapes['params'])
+  state = losses.State(0, params, params, None, {})
+  return recorded, settings, config, sde_lib.get_sde(config), model, state
 
 
 def flatten(tree) -> dict[str, jax.Array]:

@@ -20,24 +20,33 @@ SHAPE = (8, 3, 3, 1)
 MEAN, STD = 0.3, 0.5  # of the data
 
 
-def flow_of(sde, grid, n, eps=1e-2):
+EPS = 1e-2
+
+
+def gaussian_score(sde):
   def score_fn(x, t):
     alpha, sigma = sde.marginal_prob(jnp.ones_like(t), t)
     variance = alpha**2 * STD**2 + sigma**2
     return -batch_mul(1 / variance, x - MEAN * alpha[:, None, None, None])
 
-  t = fast_sampling._TIME_GRIDS.get(grid)(sde, n, eps, 7.0)
-  return fast_sampling.Flow(sde, fast_sampling.get_denoiser(sde, score_fn), t, eps)
+  return score_fn
+
+
+def method_of(sde, solver, grid, n):
+  return fast_sampling.FlowMethod(sde, solver, n, grid, denoise=False, eps=EPS)
+
+
+def draw(method, rng, shape):
+  return jax.jit(lambda rng: sampling.run(method, gaussian_score(method.sde), rng, shape))(rng)
 
 
 def error(sde, solver, grid, n):
   """Distance of the end of the flow from where the closed form has it, in standard deviations."""
   rng = jax.random.PRNGKey(0)
-  flow = flow_of(sde, grid, n)
-  x = jax.jit(lambda rng: fast_sampling.solve(rng, flow, solver, SHAPE, denoise=False))(rng)
+  x = draw(method_of(sde, solver, grid, n), rng, SHAPE)
   prior = sde.prior_sampling(jax.random.split(rng)[1], SHAPE)
   # The flow keeps the number of standard deviations from the mean.
-  alpha, sigma = sde.marginal_prob(jnp.ones(2), jnp.asarray([sde.T, flow.eps]))
+  alpha, sigma = sde.marginal_prob(jnp.ones(2), jnp.asarray([sde.T, EPS]))
   std = jnp.sqrt(alpha**2 * STD**2 + sigma**2)
   expected = alpha[1] * MEAN + std[1] * (prior - alpha[0] * MEAN) / std[0]
   return float(jnp.abs(x - expected).max() / std[1])
@@ -66,7 +75,7 @@ def test_forty_steps_of_second_order_are_within_three_hundredths_of_a_deviation(
 @pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
 @pytest.mark.parametrize('grid', ['uniform', 'edm', 'logsnr'])
 def test_grids_run_from_the_prior_to_eps_and_decrease(sde, grid):
-  t = np.asarray(flow_of(sde, grid, 30).t)
+  t = np.asarray(method_of(sde, fast_sampling.DDIM(), grid, 30).t)
   assert t[0] == sde.T
   assert t[-1] == np.float32(1e-2)
   assert (np.diff(t) < 0).all()
@@ -81,13 +90,9 @@ def test_time_is_found_from_the_noise_level(sde):
 
 @pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
 def test_churn_keeps_the_distribution(sde):
-  shape = (4096, 2, 2, 1)
-  flow = flow_of(sde, 'edm', 41)
-  sample = jax.jit(
-    lambda rng: fast_sampling.solve(rng, flow, fast_sampling.Heun(churn=10.0), shape, False)
-  )
-  x = sample(jax.random.PRNGKey(1))
-  alpha, sigma = sde.marginal_prob(jnp.ones(1), jnp.asarray([flow.eps]))
+  method = method_of(sde, fast_sampling.Heun(churn=10.0), 'edm', 41)
+  x = draw(method, jax.random.PRNGKey(1), (4096, 2, 2, 1))
+  alpha, sigma = sde.marginal_prob(jnp.ones(1), jnp.asarray([EPS]))
   std = float(jnp.sqrt(alpha**2 * STD**2 + sigma**2)[0])
   assert x.mean() == pytest.approx(float(alpha[0]) * MEAN, abs=4 * std / 128 + 0.01)
   assert x.std() == pytest.approx(std, rel=0.03)

@@ -1,7 +1,5 @@
 """Predictors, correctors and whole samplers: recorded values and exact Gaussians."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,22 +39,10 @@ def test_single_updates_agree_with_recorded_values(name, recorded_random_bits):
     golden.assert_close(x_mean, recorded[f'{name}/{key}/mean'], 2e-5)
 
 
-@pytest.mark.parametrize(
-  'name', ['ve_ncsnpp_continuous', 'vp_ddpmpp_continuous', 'subvp_ddpmpp_continuous']
-)
+@pytest.mark.parametrize('name', golden.CONTINUOUS)
 def test_pc_samplers_agree_with_recorded_samples(name, recorded_random_bits):
-  recorded = golden.load('samplers')
-  settings = json.loads(str(recorded[f'{name}/config']))
-  config = golden.config_of(golden.load(f'net_{name}'))
-  config.model.num_scales = settings['N']
-  sde = sde_lib.get_sde(config)
-  model = utils.create_model(config)
-  expected = recorded[f'{name}/pc_denoise0']
-  shapes = jax.eval_shape(
-    lambda: model.init(jax.random.PRNGKey(0), jnp.zeros(expected.shape), jnp.ones(2), train=False)
-  )
-  params = golden.filled_like(shapes['params'])
-  state = losses.State(0, params, params, None, {})
+  recorded, settings, config, sde, model, state = golden.sampling_setup(name)
+  expected = recorded['pc_denoise0']
   for denoise in (False, True):
     sampler = sampling.get_pc_sampler(
       sde,
@@ -72,8 +58,28 @@ def test_pc_samplers_agree_with_recorded_samples(name, recorded_random_bits):
       eps=settings['eps'],
     )
     x, nfe = sampler(jax.random.PRNGKey(31), state)
-    golden.assert_close(x, recorded[f'{name}/pc_denoise{int(denoise)}'], 1e-3)
-    assert nfe == recorded[f'{name}/nfe']
+    golden.assert_close(x, recorded[f'pc_denoise{int(denoise)}'], 1e-3)
+    assert nfe == recorded['nfe']
+
+
+@pytest.mark.parametrize('name', golden.CONTINUOUS)
+def test_ode_samplers_agree_with_recorded_samples(name):
+  recorded, settings, config, sde, model, state = golden.sampling_setup(name)
+  def sample(tolerance):
+    sampler = sampling.get_ode_sampler(
+      sde,
+      model,
+      recorded['ode_x'].shape,
+      datasets.get_data_inverse_scaler(config),
+      rtol=tolerance,
+      atol=tolerance,
+      eps=settings['eps'],
+    )
+    return sampler(jax.random.PRNGKey(31), state, jnp.asarray(recorded['ode_z']))
+
+  # Recorded at 1e-5; solved at a tenth of it, what differs is the error of the recorded solution.
+  golden.assert_close(sample(1e-6)[0], recorded['ode_x'], 1e-3)
+  assert 0.8 < sample(1e-5)[1] / recorded['ode_nfe'] < 1.25
 
 
 # Exact Gaussians. For data N(MEAN, STD^2) the score is known and every update is affine in x and z,
@@ -155,17 +161,15 @@ def test_predictors_converge_at_first_order_to_an_exact_gaussian(sde, name, flow
 @pytest.mark.parametrize('sde', [VPSDE(N=200), subVPSDE(N=200), VESDE(N=200)], ids=type)
 def test_pc_sampling_of_an_exact_gaussian_has_its_mean_and_variance(sde, corrector):
   """64 x 1024 samples: the standard error of the mean is 0.002, of the deviation 0.0014."""
-  score_fn = gaussian_score(sde)
-  _, x_mean = jax.jit(
-    lambda: sampling.pc_loop(
-      jax.random.PRNGKey(0),
-      sde,
-      (64, 1024),
-      sampling.get_predictor('reverse_diffusion')(sde, score_fn),
-      sampling.get_corrector(corrector)(sde, score_fn, 0.1, 1),
-      sde.sampling_eps,
-    )
-  )()
+  method = sampling.PredictorCorrector(
+    sde,
+    sampling.get_predictor('reverse_diffusion'),
+    sampling.get_corrector(corrector),
+    snr=0.1,
+    eps=sde.sampling_eps,
+  )
+  draw = jax.jit(lambda rng: sampling.run(method, gaussian_score(sde), rng, (64, 1024)))
+  x_mean = draw(jax.random.PRNGKey(0))
   assert abs(x_mean.mean() - MEAN) < 0.02
   assert abs(x_mean.std() - STD) < 0.02
 
