@@ -21,6 +21,7 @@ import io
 import json
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -32,6 +33,7 @@ from absl import logging
 import configuration
 import datasets
 import evaluation
+import likelihood
 import losses
 import metrics
 import parallelism
@@ -214,6 +216,57 @@ class Loss(Task):
     return {'loss': float(_read(self._path(number))['mean_loss'])}
 
 
+class BitsPerDim(Task):
+  """Bits/dim of `eval.bpd_dataset`, each image `eval.bpd_repeats` times with other noise."""
+
+  name = 'bpd'
+  depends_on = ('likelihood.', 'eval.bpd')
+
+  def __init__(self, config, folder, sde, model):
+    super().__init__(config, folder, sde, model)
+    self._split = config.eval.bpd_dataset
+    splits = dict(
+      zip(('train', 'test'), datasets.get_dataset(config, evaluation=True), strict=False)
+    )
+    if self._split not in splits:
+      raise UserError(f"eval.bpd_dataset={self._split!r} must be 'train' or 'test'.")
+    self._dataset = splits[self._split]
+    self._repeats = config.eval.bpd_repeats or {'train': 1, 'test': 5}[self._split]
+    inverse_scaler = datasets.get_data_inverse_scaler(config)
+    self._likelihood_fn = likelihood.from_config(config, sde, model, inverse_scaler)
+
+  def _files(self, number: int) -> list[pathlib.Path]:
+    rounds = self._repeats * len(self._dataset)
+    return [self.folder / f'{self._split}_ckpt_{number}_bpd_{r}.npz' for r in range(rounds)]
+
+  def is_done(self, number: int) -> bool:
+    return all(path.exists() for path in self._files(number))
+
+  def run(self, number: int, state: State) -> None:
+    root = jax.random.fold_in(configuration.stream(self.config, 'bpd'), state.step)
+    files, batches = self._files(number), len(self._dataset)
+    first = _first_missing(files)
+    progress = tqdm.tqdm(
+      self._images(first), 'bits/dim', len(files), initial=first, unit='round', disable=None
+    )
+    for r, images in enumerate(progress, first):
+      rng = jax.random.fold_in(root, r)
+      bpd, _, nfe = self._likelihood_fn(rng, state, parallelism.global_batch(images))
+      bpd = parallelism.to_host(bpd)[: self._dataset.count(r % batches)]
+      self.write(files[r], bpd=bpd, nfe=nfe)
+
+  def _images(self, first: int) -> Iterator[np.ndarray]:
+    """This process's images of rounds `first`, `first` + 1, ...: the split again and again."""
+    repeat, start = divmod(first, len(self._dataset))
+    for _ in range(repeat, self._repeats):
+      yield from (batch['image'] for batch in self._dataset.once(start))
+      start = 0
+
+  def numbers(self, number: int) -> dict[str, Any]:
+    bpd = np.concatenate([_read(path)['bpd'] for path in self._files(number)])
+    return {f'bpd_{self._split}': float(np.mean(bpd, dtype=np.float64))}
+
+
 class Samples(Task):
   """`eval.num_samples` samples, their features and what these say."""
 
@@ -293,7 +346,7 @@ class Samples(Task):
     return numbers | {key: value for key, value in of.items() if value}
 
 
-_TASKS: dict[str, type[Task]] = {'loss': Loss, 'sampling': Samples}
+_TASKS: dict[str, type[Task]] = {'loss': Loss, 'bpd': BitsPerDim, 'sampling': Samples}
 
 
 class Report:

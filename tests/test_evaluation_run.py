@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 
 import configuration
+import datasets
 import evaluation
+import likelihood
 import losses
 import run_lib
+import sde_lib
 from checkpoints import CheckpointDirectory
 from tests import tiny_config
 from tests.test_train import finish, run, start, wait_for
 
 BOTH = ('--config.eval.begin_ckpt=3', '--config.eval.end_ckpt=4')
 ALL = (
+  '--config.eval.enable_bpd=True',
+  '--config.eval.bpd_repeats=2',
   '--config.eval.enable_sampling=True',
   '--config.eval.num_samples=150',  # two batches of 64 and a part of a third
   *BOTH,
@@ -85,6 +90,7 @@ def test_evaluation_leaves_the_documented_files(uninterrupted):
   expected = {'report.json', 'report.csv', 'meta.json', 'stdout.txt'}
   for n in (3, 4):
     expected |= {f'ckpt_{n}_loss.npz', f'report_{n}.npz'}
+    expected |= {f'test_ckpt_{n}_bpd_{r}.npz' for r in range(16)}
     for r in range(3):
       expected |= {f'ckpt_{n}_host_0/{kind}_{r}.npz' for kind in ('samples', 'statistics')}
   assert names == expected
@@ -95,18 +101,22 @@ def test_evaluation_leaves_the_documented_files(uninterrupted):
   assert entry['reference'] == 'MNIST5K/test/500'
   assert np.isfinite([entry['loss'], entry['fid_tiny_150'], entry['kid_tiny_150']]).all()
   header, *rows = (uninterrupted / 'report.csv').read_text().splitlines()
-  assert header.startswith('checkpoint,step,loss,fid_tiny_150')
+  assert header.startswith('checkpoint,step,loss,bpd_test,fid_tiny_150')
   assert [row.split(',')[:2] for row in rows] == [['3', '30'], ['4', '40']]
+
+
+def restored(workdir, number):
+  """The configuration, SDE, network and state of a checkpoint."""
+  config = configuration.prepare(tiny_config.get_config())
+  model, like = losses.abstract_state(config)
+  with CheckpointDirectory(workdir / 'checkpoints') as directory:
+    return config, sde_lib.get_sde(config), model, directory.restore(number, like)
 
 
 def test_the_loss_counts_every_test_image_once(trained, uninterrupted):
   """500 images in batches of 64, the last of 52; from the random numbers of each one's place."""
-  config = configuration.prepare(tiny_config.get_config())
-  sde = run_lib.sde_lib.get_sde(config)
-  model, like = losses.abstract_state(config)
-  with CheckpointDirectory(trained / 'checkpoints') as directory:
-    state = directory.restore(4, like)
-  _, dataset, _ = run_lib.datasets.get_dataset(config, evaluation=True)
+  config, sde, model, state = restored(trained, 4)
+  _, dataset, _ = datasets.get_dataset(config, evaluation=True)
   step_fn = losses.build_step_fn(config, sde, model, train=False)
   root = jax.random.fold_in(configuration.stream(config, 'eval'), 40)
 
@@ -120,6 +130,21 @@ def test_the_loss_counts_every_test_image_once(trained, uninterrupted):
     for i, part in enumerate(np.split(dataset.source.images, range(64, 500, 64)))
   )
   np.testing.assert_allclose(report(uninterrupted)['4']['loss'], total / 500, rtol=1e-5)
+
+
+def test_bits_per_dim_are_a_mean_over_each_test_image_twice(trained, uninterrupted):
+  bpd = [np.load(uninterrupted / f'test_ckpt_4_bpd_{r}.npz')['bpd'] for r in range(16)]
+  assert [len(part) for part in bpd] == 2 * ([64] * 7 + [52])
+  mean = np.concatenate(bpd).mean(dtype=np.float64)
+  np.testing.assert_allclose(report(uninterrupted)['4']['bpd_test'], mean, rtol=1e-9)
+
+  config, sde, model, state = restored(trained, 4)
+  inverse_scaler = datasets.get_data_inverse_scaler(config)
+  likelihood_fn = likelihood.from_config(config, sde, model, inverse_scaler)
+  root = jax.random.fold_in(configuration.stream(config, 'bpd'), 40)
+  images = datasets.get_source(config, 'test').images
+  expected, _, _ = likelihood_fn(jax.random.fold_in(root, 9), state, images[64:128])
+  np.testing.assert_allclose(bpd[9], expected, rtol=1e-5)
 
 
 def test_samples_are_those_of_the_configured_sampler(trained, uninterrupted):
@@ -154,6 +179,8 @@ def test_killed_between_two_files_of_a_round_it_ends_in_the_same_report(
   folder = workdir / 'eval'
   for name in ('report.json', 'report_3.npz', 'report_4.npz', 'ckpt_4_loss.npz'):
     (folder / name).unlink()
+  for r in range(10, 16):
+    (folder / f'test_ckpt_3_bpd_{r}.npz').unlink()
   (folder / 'ckpt_4_host_0/statistics_1.npz').unlink()
   (folder / 'ckpt_4_host_0/statistics_2.npz').unlink()
   (folder / 'ckpt_4_host_0/samples_2.npz').rename(folder / 'ckpt_4_host_0/.samples_2.npz-abc')
@@ -234,6 +261,7 @@ def test_what_cannot_be_evaluated_is_refused_before_sampling(workdir, monkeypatc
     ('weights of the Inception network are not at', {'eval__extractor': 'inception'}),
     ("Unknown extractor 'vgg': choose one of", {'eval__extractor': 'vgg'}),
     ('nothing can be written to', {'folder': 'file/eval'}),
+    ("eval.bpd_dataset='valid' must be", {'eval__enable_bpd': True, 'eval__bpd_dataset': 'valid'}),
     ('1 samples have no covariance', {'eval__num_samples': 1}),
     ('eval.begin_ckpt=5 is behind eval.end_ckpt=4', {'eval__begin_ckpt': 5}),
     (r'no checkpoints \[5, 6\]: it has \[1, 2, 3, 4\]', {'eval__end_ckpt': 6}),
