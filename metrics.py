@@ -114,14 +114,17 @@ def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 def inception_score(logits: np.ndarray) -> float:
   """exp(E KL(p(y | x) || p(y))) (Salimans et al. 2016), over all samples at once."""
-  logits = np.float64(logits)
-  log_p = logits - logits.max(1, keepdims=True)
-  log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
-  p = np.exp(log_p)
-  marginal = p.mean(0)
+  total_p, total_p_log_p = np.zeros(logits.shape[1]), 0.0
+  for block in _blocks(logits, _BLOCK):
+    log_p = block - block.max(1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    p = np.exp(log_p)
+    total_p += p.sum(0)
+    total_p_log_p += np.sum(p * log_p)
+  marginal = total_p / len(logits)
   # Of a class that no sample belongs to, the limit of p log p is zero.
   log_marginal = np.log(marginal, where=marginal > 0, out=np.zeros_like(marginal))
-  return float(np.exp(np.mean(np.sum(p * log_p, 1)) - marginal @ log_marginal))
+  return float(np.exp(total_p_log_p / len(logits) - marginal @ log_marginal))
 
 
 def precision_recall(
