@@ -144,9 +144,6 @@ def precision_recall(
       f'{smallest} samples are too few for precision and recall with {neighbours} neighbours: set '
       f'eval.num_samples to {neighbours + 1} or more.'
     )
-  # Distances do not change, and less is lost in the differences of squares.
-  center = real.mean(0, dtype=np.float64)
-  real, fake = real - center, fake - center
   return (
     _covered(fake, real, _radii(real, neighbours)),
     _covered(real, fake, _radii(fake, neighbours)),
@@ -155,17 +152,27 @@ def precision_recall(
 
 def _radii(points: np.ndarray, neighbours: int) -> np.ndarray:
   """Squared distance from each point to its k-th nearest neighbour; the nearest is itself."""
-  rows = (_squared_distances(block, points) for block in _blocks(points, 1024))
-  return np.concatenate([np.partition(d, neighbours, axis=1)[:, neighbours] for d in rows])
+  radii = [
+    np.partition(d, neighbours, axis=1)[:, neighbours].copy()  # a view would keep all distances
+    for d in _squared_distances(points, points)
+  ]
+  return np.concatenate(radii)
 
 
 def _covered(points: np.ndarray, centers: np.ndarray, radii: np.ndarray) -> float:
-  rows = (_squared_distances(block, centers) for block in _blocks(points, 1024))
+  rows = _squared_distances(points, centers)
   return float(np.mean(np.concatenate([(d <= radii).any(axis=1) for d in rows])))
 
 
-def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  return (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * (x @ y.T)
+def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
+  """Rows of the matrix of squared distances, some at a time."""
+  y_squares = np.concatenate([(block**2).sum(1) for block in _blocks(y, _BLOCK)])
+  for rows in _blocks(x, 512):
+    products = np.concatenate([rows @ block.T for block in _blocks(y, _BLOCK)], axis=1)
+    products *= -2
+    products += y_squares
+    products += (rows**2).sum(1, keepdims=True)
+    yield products
 
 
 def _blocks(features: np.ndarray, size: int) -> Iterator[np.ndarray]:
