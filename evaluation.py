@@ -130,8 +130,7 @@ def get_inception_model(path: str | pathlib.Path = '', scaling: str = 'tfgan') -
   path = pathlib.Path(
     path or os.environ.get(INCEPTION_VARIABLE) or datasets.ASSETS / INCEPTION_FILE
   )
-  data = _read(path)
-  digest = hashlib.sha256(data).hexdigest()
+  digest = _sha256(path)
   if not digest.startswith(_INCEPTION_SHA256):
     raise UserError(
       f'{path} is not the published file: its SHA-256 begins with {digest[:8]}, not '
@@ -140,9 +139,10 @@ def get_inception_model(path: str | pathlib.Path = '', scaling: str = 'tfgan') -
   return inception_extractor(inception.params_from_torch(torch_file.load(path)), scaling, digest)
 
 
-def _read(path: pathlib.Path) -> bytes:
+def _sha256(path: pathlib.Path) -> str:
   try:
-    return path.read_bytes()
+    with path.open('rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
   except OSError as error:
     raise UserError(
       f'The weights of the Inception network are not at {path} ({error.strerror}): get '

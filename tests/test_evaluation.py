@@ -1,5 +1,13 @@
 """Extractors, statistics of data sets, and `sigma_max`."""
 
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +18,8 @@ import evaluation
 import metrics
 from errors import UserError
 from tests import test_inception, tiny_config
+from tests.golden_values import assert_close, load
+from tests.test_import import write_pth
 
 
 @pytest.fixture
@@ -24,7 +34,24 @@ def extractor(config):
   return evaluation.get_extractor(config)
 
 
-def features_of(extractor, split='train'):
+@pytest.fixture(scope='module')
+def of_the_test_split(tmp_path_factory):
+  """A file of statistics, 500 images."""
+  config = configuration.prepare(tiny_config.get_config())
+  config.eval.stats_split = 'test'
+  config.eval.stats_path = str(tmp_path_factory.mktemp('stats') / 'stats.npz')
+  return evaluation.write_stats(config)
+
+
+@pytest.fixture
+def test_split(config, of_the_test_split):
+  """The configuration that goes with a copy of it."""
+  config.eval.stats_split = 'test'
+  shutil.copy(of_the_test_split, config.eval.stats_path)
+  return config
+
+
+def features_of(extractor, split):
   images = np.load(datasets.ASSETS / 'mnist5k.npz')[f'{split}_images']
   return extractor(images)['pool_3']
 
@@ -43,7 +70,7 @@ def test_statistics_are_of_each_image_once_as_it_is(config, extractor):
   config.data.uniform_dequantization = True
   path = evaluation.write_stats(config)
   stats = evaluation.load_dataset_stats(config, extractor)
-  features = np.float64(features_of(extractor))
+  features = np.float64(features_of(extractor, 'train'))
   assert stats.count == len(features) == 4500
   np.testing.assert_allclose(stats.pool_3, features, rtol=1e-6)
   np.testing.assert_allclose(stats.mean, features.mean(0), rtol=1e-6)
@@ -55,9 +82,8 @@ def test_statistics_are_of_each_image_once_as_it_is(config, extractor):
     assert {'mu', 'sigma', 'pool_3'} <= set(file.files)
 
 
-def test_numbers_name_their_extractor_and_count(config, extractor):
-  evaluation.write_stats(config)
-  stats = evaluation.load_dataset_stats(config, extractor)
+def test_numbers_name_their_extractor_and_count(test_split, extractor):
+  stats = evaluation.load_dataset_stats(test_split, extractor)
   outputs = extractor(np.load(datasets.ASSETS / 'mnist5k.npz')['train_images'][:1000])
   numbers, warnings = evaluation.sample_metrics('tiny', stats, **outputs)
   assert set(numbers) == {
@@ -73,18 +99,17 @@ def test_numbers_name_their_extractor_and_count(config, extractor):
     evaluation.sample_metrics('tiny', stats, **one)
 
 
-def test_the_statistics_score_zero_against_themselves(config, extractor):
-  evaluation.write_stats(config)
-  stats = evaluation.load_dataset_stats(config, extractor)
+def test_the_statistics_score_zero_against_themselves(test_split, extractor):
+  stats = evaluation.load_dataset_stats(test_split, extractor)
   logits = np.zeros((len(stats.pool_3), 2))
   numbers, _ = evaluation.sample_metrics('tiny', stats, stats.pool_3, logits)
-  assert abs(numbers['fid_tiny_4500']) <= 1e-6
-  assert numbers['precision_tiny_4500'] == numbers['recall_tiny_4500'] == 1
+  assert abs(numbers['fid_tiny_500']) <= 1e-6
+  assert numbers['precision_tiny_500'] == numbers['recall_tiny_500'] == 1
 
 
 @pytest.mark.parametrize('format', ['activations', 'TTUR', 'ADM'])
 def test_statistics_of_other_programs_are_read(format, config, extractor):
-  features = features_of(extractor)
+  features = features_of(extractor, 'test')
   moments = metrics.moments(features)
   mu, sigma = moments.mean, moments.covariance()
   content = {
@@ -97,34 +122,31 @@ def test_statistics_of_other_programs_are_read(format, config, extractor):
   stats = evaluation.load_dataset_stats(config, extractor)
   np.testing.assert_allclose(stats.mean, mu, rtol=1e-9)
   np.testing.assert_allclose(stats.covariance, sigma, rtol=1e-9)
-  numbers, warnings = evaluation.sample_metrics('tiny', stats, features, np.zeros((4500, 2)))
-  assert abs(numbers['fid_tiny_4500']) <= 1e-6
-  assert ('kid_tiny_4500' in numbers) == (format == 'activations')
+  numbers, warnings = evaluation.sample_metrics('tiny', stats, features, np.zeros((500, 2)))
+  assert abs(numbers['fid_tiny_500']) <= 1e-6
+  assert ('kid_tiny_500' in numbers) == (format == 'activations')
   assert bool(warnings) == (format != 'activations')
 
 
-def test_statistics_that_do_not_fit_are_refused(config, extractor):
-  with pytest.raises(UserError, match='no statistics of the data at'):
-    evaluation.load_dataset_stats(config, extractor)
-  evaluation.write_stats(config)
-
-  def refused(message, config=config, **changes):
-    changed = evaluation.dataclasses.replace(extractor, **changes)
+def test_statistics_that_do_not_fit_are_refused(test_split, extractor, tmp_path):
+  def refused(message, **changes):
+    changed = dataclasses.replace(extractor, **changes)
     with pytest.raises(UserError, match=message):
-      evaluation.load_dataset_stats(config, changed)
+      evaluation.load_dataset_stats(test_split, changed)
 
   refused("extractor .there 'tiny', here 'other'.", name='other')
   refused("scaling .there 'unit', here 'ttur'.", scaling='ttur')
   refused("fingerprint .there '0', here '1'.", fingerprint='1')
-  config.data.image_size = 32
+  test_split.data.image_size = 32
   refused('image_size .there 28, here 32.')
-  np.savez(config.eval.stats_path, mu=np.zeros(3), sigma=np.eye(3))
+  np.savez(test_split.eval.stats_path, mu=np.zeros(3), sigma=np.eye(3))
   refused('number of features .there 3, here 8.')
-  np.savez(config.eval.stats_path, features=np.zeros(3))
+  np.savez(test_split.eval.stats_path, features=np.zeros(3))
   refused('neither pool_3 nor mu and sigma')
-  with open(config.eval.stats_path, 'wb') as file:
-    file.write(b'damaged')
+  pathlib.Path(test_split.eval.stats_path).write_bytes(b'damaged')
   refused('cannot be read')
+  test_split.eval.stats_path = str(tmp_path / 'missing.npz')
+  refused('no statistics of the data at .*missing.npz: make them with --mode=stats')
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(config, tmp_path):
@@ -144,18 +166,36 @@ def test_missing_or_wrong_inception_weights_are_named(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_inception_features_of_grey_and_coloured_images():
-  params = test_inception.params()
-  paper = evaluation.inception_extractor(params, 'tfgan', 'filled')
-  ttur = evaluation.inception_extractor(params, 'ttur', 'filled')
-  assert (paper.name, ttur.name) == ('inception', 'inception_ttur')
-  grey = np.random.RandomState(0).randint(0, 256, (2, 28, 28, 1)).astype(np.uint8)
-  outputs = paper(grey)
-  np.testing.assert_allclose(
-    outputs['pool_3'], paper(grey.repeat(3, -1))['pool_3'], rtol=1e-5, atol=1e-6
-  )
-  assert outputs['logits'].shape == (2, 1008)
-  assert np.abs(outputs['pool_3'] - ttur(grey)['pool_3']).max() > 1e-4
+def test_inception_features_come_from_the_file_of_pytorch(monkeypatch, tmp_path):
+  recorded = load('inception')
+  path = tmp_path / 'weights.pth'
+  write_pth(path, test_inception.state_dict())
+  digest = hashlib.sha256(path.read_bytes()).hexdigest()
+  monkeypatch.setattr(evaluation, '_INCEPTION_SHA256', digest[:8])
+  monkeypatch.setenv('SCORE_SDE_INCEPTION', str(path))
+  ttur = evaluation.get_inception_model(scaling='ttur')
+  assert (ttur.name, ttur.scaling, ttur.fingerprint) == ('inception_ttur', 'ttur', digest)
+  outputs = ttur(recorded['images_32'])
+  assert_close(outputs['pool_3'], recorded['2048_32'], 1e-3)
+  assert_close(outputs['logits'], recorded['logits_unbiased_32'], 1e-3)
+
+  paper = evaluation.get_inception_model(path)
+  assert (paper.name, paper.scaling) == ('inception', 'tfgan')
+  grey = recorded['images_32'][..., :1]
+  features = paper(grey)['pool_3']
+  np.testing.assert_allclose(features, paper(grey.repeat(3, -1))['pool_3'], rtol=1e-5, atol=1e-6)
+  assert np.abs(features - ttur(grey)['pool_3']).max() > 1e-4
+
+
+@pytest.mark.slow
+def test_the_numbers_of_50000_features_fit_in_two_gibibytes():
+  command = [sys.executable, '-m', 'benchmarks.inception', '--features']
+  root = pathlib.Path(__file__).parent.parent
+  output = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
+  report = json.loads(output)
+  assert report['features'] == 50_000
+  assert report['peak_memory_GiB'] < 2
+  assert {'fid_random_50k', 'kid_random_50k', 'precision_random_10k'} <= set(report)
 
 
 def test_sigma_max_is_the_largest_distance():
