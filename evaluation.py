@@ -15,6 +15,8 @@ import hashlib
 import os
 import pathlib
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -197,11 +199,17 @@ class DatasetStats:
 
 
 def default_stats_path(config: Any) -> pathlib.Path:
-  """`assets/stats/<data set>_<size>_<split>_<extractor>.npz`."""
-  data, evaluation = config.data, config.eval
-  parts = [data.dataset.lower(), pathlib.Path(data.path).name, data.get('category', '')]
-  parts += [str(data.image_size), evaluation.stats_split, evaluation.extractor]
-  return datasets.ASSETS / 'stats' / ('_'.join(part for part in parts if part) + '.npz')
+  """`assets/stats/<data set>_<size>_<split>_<extractor>.npz`, in small letters."""
+  parts = [*_dataset_names(config), str(config.data.image_size)]
+  parts += [config.eval.stats_split, config.eval.extractor]
+  return datasets.ASSETS / 'stats' / ('_'.join(parts).lower() + '.npz')
+
+
+def _dataset_names(config: Any) -> list[str]:
+  """The name of the data set, then of its folder or category, if it has one."""
+  data = config.data
+  names = data.dataset, pathlib.Path(data.path).name, data.get('category', '')
+  return [name for name in names if name]
 
 
 def stats_path(config: Any) -> pathlib.Path:
@@ -232,7 +240,7 @@ def load_dataset_stats(config: Any, extractor: Extractor) -> DatasetStats:
   try:
     with np.load(path, allow_pickle=False) as file:
       stats = _read_stats(file, path)
-  except (OSError, ValueError, EOFError) as error:
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     raise UserError(f'{path} cannot be read ({error}): make it again with --mode=stats.') from error
   _check_stats(stats, path, config, extractor)
   return stats
@@ -263,9 +271,9 @@ def _check_stats(
   made, wanted = stats.made, _made(config, extractor)
   wanted.pop('checksum')
   differing = [
-    f'{key} (there {made[key]!r}, here {wanted[key]!r})'
+    f'{key} (there {made.get(key)!r}, here {wanted[key]!r})'
     for key in wanted
-    if made and made[key] != wanted[key]
+    if made and made.get(key) != wanted[key]
   ]
   dim = extractor.num_features
   if not differing and (stats.mean.shape != (dim,) or stats.covariance.shape != (dim, dim)):
@@ -274,12 +282,6 @@ def _check_stats(
     raise UserError(
       f'{path} does not fit the configuration: {", ".join(differing)}; make the statistics again '
       f'with --mode=stats, or set eval.stats_path.'
-    )
-  if not made:
-    logging.warning(
-      '%s does not say how it was made: it is taken to have the features of %s.',
-      path,
-      extractor.name,
     )
 
 
@@ -290,7 +292,7 @@ def _made(config: Any, extractor: Extractor, checksum: str = '') -> dict[str, An
     'extractor': extractor.name,
     'scaling': extractor.scaling,
     'fingerprint': extractor.fingerprint,
-    'dataset': data.dataset + ':' * bool(data.path) + pathlib.Path(data.path).name,
+    'dataset': ':'.join(_dataset_names(config)),
     'split': config.eval.stats_split,
     'image_size': data.image_size,
     'num_channels': data.num_channels,
@@ -362,6 +364,10 @@ def sample_metrics(
     names('inception_score'): metrics.inception_score(logits),
   }
   warnings = []
+  if not stats.made:
+    warnings.append(
+      f'{stats.name} does not say how it was made: it is taken to be for {extractor_name}.'
+    )
   dim = pool_3.shape[1]
   for what, count in (('samples', len(pool_3)), ('images of the data', stats.count)):
     if 0 < count <= dim:

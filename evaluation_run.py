@@ -168,6 +168,15 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     return dict(file)
 
 
+def _check_finite(values: np.ndarray, what: str, state: State) -> None:
+  """Raises `FloatingPointError` for what would else spoil a mean or turn into grey levels."""
+  if not np.isfinite(values).all():
+    raise FloatingPointError(
+      f'{what} of the checkpoint of step {int(state.step)} are not finite: has its training '
+      f'diverged? Evaluate an earlier one, or use a solver with more steps.'
+    )
+
+
 def _first_missing(paths: list[pathlib.Path]) -> int:
   """The index of the first file that the first process does not see, or the number of files."""
   missing = (i for i, path in enumerate(paths) if not path.exists())
@@ -209,6 +218,7 @@ class Loss(Task):
       batch = parallelism.global_batch({key: batch[key] for key in ('image', 'weight')})
       values.append(float(self._batch_loss(jax.random.fold_in(root, i), state, batch)))
       counts.append(dataset.count(i))
+    _check_finite(np.asarray(values), 'losses', state)
     mean = np.average(np.float64(values), weights=counts)
     self.write(self._path(number), all_losses=np.float64(values), mean_loss=mean)
 
@@ -253,6 +263,7 @@ class BitsPerDim(Task):
       rng = jax.random.fold_in(root, r)
       bpd, _, nfe = self._likelihood_fn(rng, state, parallelism.global_batch(images))
       bpd = parallelism.to_host(bpd)[: self._dataset.count(r % batches)]
+      _check_finite(bpd, 'bits/dim', state)
       self.write(files[r], bpd=bpd, nfe=nfe)
 
   def _images(self, first: int) -> Iterator[np.ndarray]:
@@ -324,7 +335,9 @@ class Samples(Task):
       self._compare(number, described)
 
   def _draw(self, rng: jax.Array, state: State) -> np.ndarray:
-    return reporting.to_uint8(parallelism.to_host(self._sampling_fn(rng, state)[0]))
+    samples = parallelism.to_host(self._sampling_fn(rng, state)[0])
+    _check_finite(samples, 'samples', state)
+    return reporting.to_uint8(samples)
 
   def _compare(self, number: int, described: list[pathlib.Path]) -> None:
     parts = [_read(path) for path in described]

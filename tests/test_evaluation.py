@@ -125,7 +125,8 @@ def test_statistics_of_other_programs_are_read(format, config, extractor):
   numbers, warnings = evaluation.sample_metrics('tiny', stats, features, np.zeros((500, 2)))
   assert abs(numbers['fid_tiny_500']) <= 1e-6
   assert ('kid_tiny_500' in numbers) == (format == 'activations')
-  assert bool(warnings) == (format != 'activations')
+  assert 'does not say how it was made' in warnings[0]
+  assert any('no KID' in warning for warning in warnings) == (format != 'activations')
 
 
 def test_statistics_that_do_not_fit_are_refused(test_split, extractor, tmp_path):
@@ -137,6 +138,10 @@ def test_statistics_that_do_not_fit_are_refused(test_split, extractor, tmp_path)
   refused("extractor .there 'tiny', here 'other'.", name='other')
   refused("scaling .there 'unit', here 'ttur'.", scaling='ttur')
   refused("fingerprint .there '0', here '1'.", fingerprint='1')
+  whole = pathlib.Path(test_split.eval.stats_path).read_bytes()
+  pathlib.Path(test_split.eval.stats_path).write_bytes(whole[: len(whole) // 2])
+  refused('cannot be read')
+  pathlib.Path(test_split.eval.stats_path).write_bytes(whole)
   test_split.data.image_size = 32
   refused('image_size .there 28, here 32.')
   np.savez(test_split.eval.stats_path, mu=np.zeros(3), sigma=np.eye(3))

@@ -13,9 +13,11 @@ import pytest
 import configuration
 import datasets
 import evaluation
+import evaluation_run
 import likelihood
 import losses
 import run_lib
+import sampling
 import sde_lib
 from checkpoints import CheckpointDirectory
 from tests import tiny_config
@@ -297,6 +299,21 @@ def test_results_of_other_settings_or_checkpoints_are_not_mixed(uninterrupted, m
     patch.setattr(CheckpointDirectory, 'identity', lambda self, number: 'another')
     with pytest.raises(run_lib.UserError, match='another checkpoint 4, of step 40'):
       run_lib.evaluate(config, workdir)
+
+
+def test_samples_that_are_not_finite_stop_it_before_they_are_written(workdir, monkeypatch):
+  def broken(config, sde, model, shape, inverse_scaler):
+    return lambda rng, state: (jax.numpy.full(shape, np.nan), 1)
+
+  config = tiny_config.get_config()
+  config.eval.begin_ckpt = config.eval.end_ckpt = 4
+  config.eval.enable_sampling, config.eval.enable_loss = True, False
+  config.eval.extractor = 'none'
+  config = configuration.prepare(config)
+  monkeypatch.setattr(sampling, 'get_sampling_fn', broken)
+  with pytest.raises(FloatingPointError, match='samples of the checkpoint of step 40'):
+    evaluation_run.evaluate(config, workdir, 'eval')
+  assert not list(workdir.glob('eval/ckpt*'))
 
 
 def test_it_waits_for_a_checkpoint_that_is_still_to_come(workdir):
