@@ -11,6 +11,7 @@ import jax
 import ml_collections
 from absl import logging
 
+import controllable_generation
 import datasets
 import fast_sampling  # noqa: F401  (registers its sampling methods)
 import losses
@@ -38,10 +39,12 @@ FREE = (
   'training.snapshot_sampling',
   'sampling.',
   'eval.',
+  'likelihood.',
+  'classifier.',
 )
 
 # Streams of random numbers, each a fold of the seed; new ones come last.
-STREAMS = ('init', 'train', 'eval', 'sample', 'bpd')
+STREAMS = ('init', 'train', 'eval', 'sample', 'sample_mode', 'bpd')
 
 FREQUENCIES = ('log_freq', 'eval_freq', 'snapshot_freq', 'snapshot_freq_for_preemption')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
@@ -116,6 +119,7 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
   sde = sde_lib.get_sde(config)
   losses.get_optimizer(config)
   sampling.check(config, sde)
+  controllable_generation.check(config)
   datasets.check_batch_size(training.batch_size, 'training.batch_size')
   for name in ('n_iters', 'n_jitted_steps', *FREQUENCIES):
     if training[name] < 1:
@@ -132,11 +136,32 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
     )
   if not 0 <= config.model.ema_rate < 1:
     raise UserError(f'model.ema_rate={config.model.ema_rate} must be in [0, 1).')
+  _check_classifier(config.classifier)
   # The network refuses shapes that do not fit in an abstract pass, the objective what it cannot do.
   model, _, _ = mutils.abstract_model(config)
   losses.build_step_fn(config, sde, model, train=False)
   if not training.continuous:
     sde.perturb_discrete(*jax.numpy.zeros((3, 1)).astype(int))
+
+
+def _check_classifier(classifier: Any) -> None:
+  mutils.get_classifier(classifier.name)
+  counts = ('num_classes', 'blocks_per_group', 'channel_multiplier', 'embedding_size')
+  for name in (*counts, 'batch_size', 'n_iters'):
+    if classifier[name] < 1:
+      raise UserError(f'classifier.{name}={classifier[name]} must be at least 1.')
+  if classifier.lr <= 0 or classifier.warmup < 0 or classifier.weight_decay < 0:
+    raise UserError(
+      f'classifier.lr={classifier.lr} must be positive, classifier.warmup={classifier.warmup} and '
+      f'classifier.weight_decay={classifier.weight_decay} not negative.'
+    )
+  if not 0 <= classifier.ema_rate < 1:
+    raise UserError(f'classifier.ema_rate={classifier.ema_rate} must be in [0, 1).')
+  if not 0 < classifier.sigma_min < classifier.sigma_max:
+    raise UserError(
+      f'classifier.sigma_min={classifier.sigma_min} must be positive and less than '
+      f'classifier.sigma_max={classifier.sigma_max}.'
+    )
 
 
 def stream(config: Any, name: str) -> jax.Array:
@@ -159,32 +184,48 @@ def _plain(config: Any) -> dict[str, Any]:
   return config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
 
 
-def record(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def record(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, free: tuple[str, ...] = FREE
+) -> None:
   """Writes `config.json` and `versions.json` to the working directory.
 
   Raises:
     UserError: as `check_run`.
   """
-  check_run(config, workdir)
+  check_run(config, workdir, free)
   if jax.process_index() == 0:
     data = json.dumps(_plain(config), indent=2).encode()
     reporting.write_atomic(workdir / 'config.json', data)
     reporting.write_atomic(workdir / 'versions.json', json.dumps(versions(), indent=2).encode())
 
 
-def check_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def check_run(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, free: tuple[str, ...] = FREE
+) -> None:
   """Checks that the working directory is not that of another run.
+
+  Args:
+    config: of this run; one of a classifier has no section `model`.
+    workdir: its directory.
+    free: beginnings of the names of fields that may differ.
 
   Raises:
     UserError: if it belongs to a run whose configuration contradicts this one.
   """
   path = workdir / 'config.json'
   if path.exists():
-    old, new = flatten(json.loads(path.read_text())), flatten(config)
+    recorded = json.loads(path.read_text())
+    if ('model' in recorded) != ('model' in config):
+      kinds = ['a classifier', 'a score network']
+      raise UserError(
+        f'{workdir} holds a run of {kinds["model" in recorded]}, not of '
+        f'{kinds["model" in config]}: use another --workdir.'
+      )
+    old, new = flatten(recorded), flatten(config)
     differing = [
       f'{key} (was {old.get(key)!r}, is {new.get(key)!r})'
       for key in sorted(old.keys() | new.keys())
-      if old.get(key) != new.get(key) and not key.startswith(FREE)
+      if old.get(key) != new.get(key) and not key.startswith(free)
     ]
     if differing:
       raise UserError(

@@ -23,12 +23,13 @@ import numpy as np
 import scipy.fft
 
 import sampling
+from classifier import classifier_score, load_classifier
 from errors import UserError
 from losses import State
 from models import utils as mutils
 from registry import Registry
 from sampling import Condition, Corrector, Predictor
-from sde_lib import SDE, ScoreFn, batch_mul
+from sde_lib import SDE, batch_mul
 
 Transform = Callable[[jax.Array], jax.Array]
 Scaler = Callable[[jax.Array], jax.Array]
@@ -233,6 +234,156 @@ class PosteriorGuidance(Condition):
     return guided
 
 
+class Task(abc.ABC):
+  """What `--mode=sample` draws: a condition made of test images and labels.
+
+  Attributes:
+    uses_images: whether it needs the data set.
+
+  Args:
+    config: reads `sampling` and what the task needs.
+    sde: the forward SDE.
+    inverse_scaler: from the network's range to [0, 1].
+  """
+
+  uses_images = False
+
+  def __init__(self, config: Any, sde: SDE, inverse_scaler: Scaler):
+    self.settings = config.sampling
+    self.sde = sde
+
+  @abc.abstractmethod
+  def condition(self, images: jax.Array, labels: jax.Array) -> Condition:
+    """The condition for images (B, H, W, C), in the network's range, and their labels (B,)."""
+
+  def labels(self, index: np.ndarray) -> np.ndarray:
+    """The labels of the samples number `index`, for tasks that use no test images."""
+    return np.full(len(index), -1)
+
+  def given(self, condition: Condition, images: jax.Array) -> jax.Array:
+    """What of the images the condition knows, as images, for tasks that use test images."""
+    return images
+
+
+@register_task(name='unconditional')
+class Unconditional(Task):
+  """Samples of the model."""
+
+  def condition(self, images, labels):
+    return Condition()
+
+
+class _MeasurementTask(Task):
+  """Images of which a `Measurement` is given."""
+
+  uses_images = True
+
+  def given(self, condition, images):
+    return condition.finish(jnp.full_like(images, jnp.min(images)))
+
+
+def _regions(size: int) -> dict[str, np.ndarray]:
+  """Known pixels, (H, W), by the name of what is to be drawn."""
+  known = {}
+  for name, index in {
+    'right': np.s_[:, size // 2 :],
+    'left': np.s_[:, : size // 2],
+    'bottom': np.s_[size // 2 :],
+    'top': np.s_[: size // 2],
+    'center': np.s_[size // 4 : -size // 4, size // 4 : -size // 4],
+  }.items():
+    known[name] = np.ones((size, size), np.float32)
+    known[name][index] = 0
+  known['random'] = (np.random.RandomState(0).rand(size, size) < 0.25).astype(np.float32)
+  return known
+
+
+@register_task(name='inpaint')
+class Inpaint(_MeasurementTask):
+  """Draws the part of the image that `sampling.mask` names."""
+
+  def __init__(self, config, sde, inverse_scaler):
+    super().__init__(config, sde, inverse_scaler)
+    regions = _regions(config.data.image_size)
+    if self.settings.mask not in regions:
+      raise UserError(
+        f'Unknown sampling.mask {self.settings.mask!r}: choose one of {", ".join(regions)}.'
+      )
+    self.mask = regions[self.settings.mask][None, :, :, None]
+
+  def condition(self, images, labels):
+    return inpainting(self.sde, images, self.mask)
+
+
+@register_task(name='colorize')
+class Colorize(_MeasurementTask):
+  """Gives colours to the mean over the channels."""
+
+  def condition(self, images, labels):
+    if images.shape[-1] == 1:
+      raise UserError(
+        'sampling.task=colorize needs images in colour, data.num_channels=3: these have one '
+        'channel.'
+      )
+    return colorization(self.sde, images)
+
+
+@register_task(name='superres')
+class SuperResolution(_MeasurementTask):
+  """Sharpens images of which the means of blocks are given."""
+
+  def condition(self, images, labels):
+    return super_resolution(self.sde, images, self.settings.superres_factor)
+
+
+@register_task(name='class')
+class ClassConditional(Task):
+  """Images of the class `sampling.label`, or of all classes in turn."""
+
+  def __init__(self, config, sde, inverse_scaler):
+    super().__init__(config, sde, inverse_scaler)
+    trained = load_classifier(config.classifier.checkpoint)
+    data = config.data
+    shape = (data.image_size, data.image_size, data.num_channels)
+    if trained.image_shape != shape:
+      raise UserError(
+        f'{config.classifier.checkpoint} is a classifier of images of shape {trained.image_shape}, '
+        f'not {shape}: train one with --mode=train_classifier and name it in '
+        f'config.classifier.checkpoint.'
+      )
+    self.num_classes = trained.module.num_classes
+    if not -1 <= self.settings.label < self.num_classes:
+      raise UserError(
+        f'sampling.label={self.settings.label} must be a class, 0 to {self.num_classes - 1}, or -1 '
+        f'for all in turn.'
+      )
+    self.class_score = classifier_score(sde, trained.logits, inverse_scaler)
+
+  def labels(self, index):
+    if self.settings.label >= 0:
+      return np.full(len(index), self.settings.label)
+    return index % self.num_classes
+
+  def condition(self, images, labels):
+    return ClassGuidance(
+      labels=labels, class_score=self.class_score, scale=self.settings.guidance_scale
+    )
+
+
+def check(config: Any) -> None:
+  """Raises `UserError` for a task that does not exist."""
+  _TASKS.get(config.sampling.task)
+
+
+def get_task(config: Any, sde: SDE, inverse_scaler: Scaler) -> Task:
+  """The task that `sampling.task` names.
+
+  Raises:
+    UserError: for an unknown one, or settings that it cannot do.
+  """
+  return _TASKS.get(config.sampling.task)(config, sde, inverse_scaler)
+
+
 def _pc_sampler_of_any_batch(
   sde: SDE,
   model: nn.Module,
@@ -272,9 +423,7 @@ def get_pc_inpainter(
   """
   settings = snr, n_steps, probability_flow, continuous, denoise, eps
   sampler = _pc_sampler_of_any_batch(sde, model, predictor, corrector, inverse_scaler, *settings)
-  return lambda rng, state, data, mask: sampler(
-    rng, state, data.shape, inpainting(sde, data, mask)
-  )
+  return lambda rng, state, data, mask: sampler(rng, state, data.shape, inpainting(sde, data, mask))
 
 
 def get_pc_colorizer(
@@ -337,11 +486,11 @@ def get_pc_conditional_sampler(
     scale: of the guidance.
   """
   logit_fn = mutils.get_logit_fn(classifier, classifier_params)
-  class_score = get_class_score(sde, logit_fn, inverse_scaler)
+  class_score = classifier_score(sde, logit_fn, inverse_scaler)
   settings = snr, n_steps, probability_flow, continuous, denoise, eps
   sampler = _pc_sampler_of_any_batch(
     sde, score_model, predictor, corrector, inverse_scaler, *settings
   )
   return lambda rng, state, labels: sampler(
-    rng, state, shape, ClassGuidance(labels, class_score, scale)
+    rng, state, shape, ClassGuidance(labels=labels, class_score=class_score, scale=scale)
   )

@@ -33,6 +33,7 @@ import reporting
 import torch_file
 from errors import UserError
 from models import inception
+from models import utils as mutils
 from registry import Registry
 
 PyTree = Any
@@ -46,6 +47,8 @@ _INCEPTION_SHA256 = '6726825d'  # how it begins
 _INCEPTION_URL = (
   f'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}'
 )
+
+MNIST5K_FILE = datasets.ASSETS / 'mnist5k_classifier.safetensors'
 
 _PRECISION_RECALL_SAMPLES = 10_000  # more cost the square of their number
 _SIGMA_MAX_IMAGES = 100_000
@@ -132,7 +135,14 @@ def get_inception_model(path: str | pathlib.Path = '', scaling: str = 'tfgan') -
   path = pathlib.Path(
     path or os.environ.get(INCEPTION_VARIABLE) or datasets.ASSETS / INCEPTION_FILE
   )
-  digest = _sha256(path)
+  try:
+    digest = _sha256(path)
+  except OSError as error:
+    raise UserError(
+      f'The weights of the Inception network are not at {path} ({error.strerror}): get '
+      f'{_INCEPTION_URL} and give its path as --config.eval.inception_path or in '
+      f'{INCEPTION_VARIABLE}, or set eval.extractor to another one.'
+    ) from error
   if not digest.startswith(_INCEPTION_SHA256):
     raise UserError(
       f'{path} is not the published file: its SHA-256 begins with {digest[:8]}, not '
@@ -142,15 +152,8 @@ def get_inception_model(path: str | pathlib.Path = '', scaling: str = 'tfgan') -
 
 
 def _sha256(path: pathlib.Path) -> str:
-  try:
-    with path.open('rb') as file:
-      return hashlib.file_digest(file, 'sha256').hexdigest()
-  except OSError as error:
-    raise UserError(
-      f'The weights of the Inception network are not at {path} ({error.strerror}): get '
-      f'{_INCEPTION_URL} and give its path as --config.eval.inception_path or in '
-      f'{INCEPTION_VARIABLE}, or set eval.extractor to another one.'
-    ) from error
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def inception_extractor(params: PyTree, scaling: str, fingerprint: str) -> Extractor:
@@ -167,6 +170,41 @@ def inception_extractor(params: PyTree, scaling: str, fingerprint: str) -> Extra
     num_features=inception.NUM_FEATURES,
     params=params,
     forward=forward,
+  )
+
+
+@register_extractor(name='mnist5k')
+def _mnist5k(config: Any) -> Extractor:
+  """The classifier of the digits of MNIST5K that comes with this repository, told of least noise.
+
+  Raises:
+    UserError: for images of another shape.
+  """
+  _, info = mutils.read_classifier_file(MNIST5K_FILE)
+  classifier, params = mutils.create_classifier(jax.random.PRNGKey(0), 1, MNIST5K_FILE)
+  data = config.data
+  shape = (data.image_size, data.image_size, data.num_channels)
+  if shape != tuple(info['image_shape']):
+    raise UserError(
+      f"eval.extractor='mnist5k' knows images of shape {tuple(info['image_shape'])}, not {shape}: "
+      f"use 'inception'."
+    )
+
+  def forward(params, images):
+    arguments = {'params': params}, images / 255.0, jnp.full(len(images), info['sigma_min'])
+    return {
+      'pool_3': classifier.apply(*arguments, method='features'),
+      'logits': classifier.apply(*arguments, train=False),
+    }
+
+  return Extractor(
+    name='mnist5k',
+    scaling='unit',
+    fingerprint=_sha256(MNIST5K_FILE),
+    num_features=64 * classifier.channel_multiplier,
+    params=params,
+    forward=forward,
+    batch_size=50,
   )
 
 

@@ -110,21 +110,32 @@ class Flow:
 
 
 class Solver(abc.ABC):
-  """A numerical solver of the probability flow in (s, y).
+  """A numerical solver of the probability flow in (s, y), or of a reverse SDE with its marginals.
 
   Args:
-    churn: how much noise is added again over the whole way, where a solver can (`S_churn` of Karras
-      et al. 2022, Algorithm 2).
+    eta: the part of each step's noise that is drawn anew, from 0 (the flow) to 1 (the reverse SDE);
+      noise corrects the errors of a network, where the flow piles them up.
+    churn: how much noise is added over the whole way before it is removed again (`S_churn` of
+      Karras et al. 2022, Algorithm 2).
+
+  A subclass names the one of the two that it takes in `noise`.
   """
 
   evaluations = 1  # calls of the denoiser in a step
+  noise = 'eta'
 
-  def __init__(self, churn: float = 0.0):
-    if churn:
+  def __init__(self, eta: float = 0.0, churn: float = 0.0):
+    refused, value = ('churn', churn) if self.noise == 'eta' else ('eta', eta)
+    if value:
       raise UserError(
-        f'sampling.churn={churn} needs the sampling method heun: the others follow the '
-        f'probability flow; set sampling.churn=0.'
+        f'sampling.{refused}={value} is not for this sampling method, whose noise is set by '
+        f'sampling.{self.noise}; set sampling.{refused}=0.'
       )
+    if not 0 <= eta <= 1 or churn < 0:
+      raise UserError(
+        f'sampling.eta={eta} must be from 0 to 1 and sampling.churn={churn} not negative.'
+      )
+    self.eta, self.churn = eta, churn
 
   def init(self, flow: Flow, y: jax.Array) -> Any:
     """What a step needs of the ones before, first."""
@@ -137,24 +148,33 @@ class Solver(abc.ABC):
   ) -> tuple[jax.Array, Any]:
     """From `flow.t[i]` to `flow.t[i + 1]`."""
 
+  def hold(self, flow: Flow, i: jax.Array, rng: jax.Array, y: jax.Array, D: jax.Array) -> jax.Array:
+    """The exact solution over a step in which the denoised image is `D` throughout.
+
+    y' = D + c (y - D) + n z with the new noise n = eta s' sqrt(1 - (s'/s)^2) and c such that
+    c^2 s^2 + n^2 = s'^2 (Song, Meng and Ermon 2021, Eq. 12 and 16).
+    """
+    s, following = flow.s[i], flow.s[i + 1]
+    new = self.eta * following * jnp.sqrt(1 - (following / s) ** 2)
+    y = D + jnp.sqrt(following**2 - new**2) / s * (y - D)
+    return y + new * jax.random.normal(rng, y.shape) if self.eta else y
+
 
 class DDIM(Solver):
-  """DDIM (Song et al. 2021), the exponential Euler method: D is held over the step. Order 1."""
+  """DDIM (Song, Meng and Ermon 2021), the exponential Euler method. Order 1.
+
+  With eta = 1 it is ancestral sampling over steps of any length.
+  """
 
   def step(self, flow, i, rng, y, memory):
-    del rng
-    s = flow.s
-    D = flow.D(y, flow.t[i])
-    return D + s[i + 1] / s[i] * (y - D), memory
+    return self.hold(flow, i, rng, y, flow.D(y, flow.t[i])), memory
 
 
 class Heun(Solver):
   """Heun's method with optional churn (Karras et al. 2022, Algorithm 2). Order 2 without churn."""
 
   evaluations = 2
-
-  def __init__(self, churn: float = 0.0):
-    self.churn = churn
+  noise = 'churn'
 
   def step(self, flow, i, rng, y, memory):
     s, t = flow.s[i], flow.t[i]
@@ -173,20 +193,21 @@ class Heun(Solver):
 
 
 class DPMSolverPP(Solver):
-  """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): D is extrapolated from two steps. Order 2."""
+  """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): D is extrapolated from two steps. Order 2.
+
+  With eta = 1 it is SDE-DPM-Solver++(2M) (Lu et al. 2022, section 6).
+  """
 
   def init(self, flow, y):
     return jnp.zeros_like(y)
 
   def step(self, flow, i, rng, y, memory):
-    del rng
-    s = flow.s
     D = flow.D(y, flow.t[i])
-    h = jnp.log(s[i] / s[i + 1])
-    h_before = jnp.log(s[i - 1] / s[i])
+    h = jnp.log(flow.s[i] / flow.s[i + 1])
+    h_before = jnp.log(flow.s[i - 1] / flow.s[i])
     extrapolated = D + h / (2 * h_before) * (D - memory)
     target = jnp.where(i == 0, D, extrapolated)  # the first step has no predecessor
-    return target + s[i + 1] / s[i] * (y - target), D
+    return self.hold(flow, i, rng, y, target), D
 
 
 class FlowMethod(Method):
@@ -259,7 +280,7 @@ def _register(name: str, solver: type[Solver]) -> None:
     settings = config.sampling
     return FlowMethod(
       sde,
-      solver(settings.churn),
+      solver(settings.eta, settings.churn),
       settings.n_steps or sde.N,
       settings.time_grid,
       settings.rho,

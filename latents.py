@@ -60,8 +60,8 @@ def get_encoder(
 def interpolate(z0: jax.Array, z1: jax.Array, weight: jax.Array) -> jax.Array:
   """Spherical interpolation from `z0` (weight 0) to `z1` (weight 1), example by example.
 
-  With the angle w between two codes, (sin((1-a) w) z0 + sin(a w) z1) / sin w. It keeps the norm that
-  codes of a Gaussian prior have, which a straight line loses.
+  With the angle w between two codes, (sin((1-a) w) z0 + sin(a w) z1) / sin w. It keeps the norm
+  that codes of a Gaussian prior have, which a straight line loses.
 
   Args:
     z0: (B, ...).
@@ -73,7 +73,9 @@ def interpolate(z0: jax.Array, z1: jax.Array, weight: jax.Array) -> jax.Array:
   norms = jnp.linalg.norm(flat0, axis=-1) * jnp.linalg.norm(flat1, axis=-1)
   angle = jnp.arccos(jnp.clip(jnp.sum(flat0 * flat1, -1) / norms, -1, 1))
   # sin(a w) / sin(w), which tends to a where the codes are parallel.
-  part = lambda a: jnp.where(angle < 1e-3, a, jnp.sin(a * angle) / jnp.sin(jnp.maximum(angle, 1e-3)))
+  part = lambda a: jnp.where(
+    angle < 1e-3, a, jnp.sin(a * angle) / jnp.sin(jnp.maximum(angle, 1e-3))
+  )
   return batch_mul(part(1 - weight), z0) + batch_mul(part(weight), z1)
 
 

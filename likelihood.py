@@ -1,11 +1,11 @@
 """Bits per dimension by the instantaneous change of variables (appendix D.2 of the paper).
 
-Along the probability flow dx = f~(x, t) dt (Eq. 13), d log p_t(x_t) = -div f~(x_t, t) dt (Eq. 39), so
+Along the probability flow dx = f~(x, t) dt (Eq. 13), d log p_t(x_t) = -div f~(x_t, t) dt (Eq. 39):
 
   log p_0(x_0) = log p_T(x_T) + int_0^T div f~(x_t, t) dt.
 
-The latent code is x_T, on which the prior's density is taken. The divergence is exact, or Hutchinson's
-unbiased estimate E[v . (df~/dx) v] (Eq. 40).
+The latent code is x_T, on which the prior's density is taken. The divergence is exact, or
+Hutchinson's unbiased estimate E[v . (df~/dx) v] (Eq. 40).
 """
 
 import dataclasses
@@ -134,8 +134,8 @@ def get_likelihood_fn(
 ) -> LikelihoodFn:
   """The function `(rng, state, data) -> (bits/dim (B,), latent codes (B, ...), network calls)`.
 
-  Data of an integer type are grey levels 0...n_levels-1; they are dequantized with `rng`. Other data
-  are taken to be dequantized and in the network's range.
+  Data of an integer type are grey levels 0...n_levels-1; they are dequantized with `rng`. Other
+  data are taken to be dequantized and in the network's range.
 
   bits/dim = -log_2 p_0(x) / dim + log_2(n_levels d inverse_scaler/dx): the second term is that of a
   change of variables from [0, n_levels], in which a level has the volume 1.

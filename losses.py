@@ -51,16 +51,17 @@ class State:
 def init_state(rng: jax.Array, config: Any) -> tuple[nn.Module, State]:
   """The network that `config` describes and the state that training starts from."""
   model, model_state, params = mutils.init_model(rng, config)
-  return model, _first_state(config, model_state, params)
+  return model, first_state(config, model_state, params)
 
 
 def abstract_state(config: Any) -> tuple[nn.Module, State]:
   """What `init_state` returns, with shapes in place of arrays."""
   model, model_state, params = mutils.abstract_model(config)
-  return model, jax.eval_shape(functools.partial(_first_state, config), model_state, params)
+  return model, jax.eval_shape(functools.partial(first_state, config), model_state, params)
 
 
-def _first_state(config: Any, model_state: PyTree, params: PyTree) -> State:
+def first_state(config: Any, model_state: PyTree, params: PyTree) -> State:
+  """The state that training starts from, with these parameters."""
   return State(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -76,6 +77,19 @@ def adam(learning_rate: optax.Schedule, optim: Any) -> optax.GradientTransformat
   """Adam with decoupled weight decay."""
   return optax.adamw(
     learning_rate, b1=optim.beta1, b2=0.999, eps=optim.eps, weight_decay=optim.weight_decay
+  )
+
+
+@register_optimizer(name='AdamW')
+def adamw(learning_rate: optax.Schedule, optim: Any) -> optax.GradientTransformation:
+  """Adam with decoupled weight decay of the kernels: no biases, scales or Fourier frequencies."""
+  return optax.adamw(
+    learning_rate,
+    b1=optim.beta1,
+    b2=0.999,
+    eps=optim.eps,
+    weight_decay=optim.weight_decay,
+    mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
   )
 
 

@@ -22,10 +22,13 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   None,
-  ['train', 'eval', 'stats', 'import', 'export'],
+  ['train', 'sample', 'eval', 'stats', 'train_classifier', 'import', 'export'],
   'train: train, or go on training where the run in --workdir stopped. '
+  'sample: draw images from the run in --workdir, as config.sampling says; with '
+  'config.sampling.task=inpaint, colorize, superres or class under a condition. '
   'eval: evaluate the checkpoints of the run in --workdir. '
   'stats: make the statistics of the data that eval compares samples with; needs no --workdir. '
+  'train_classifier: train, or go on training, the noise-conditional classifier. '
   'import: start the run in --workdir from a published checkpoint, --checkpoint. '
   'export: write the EMA weights of the run in --workdir as safetensors.',
 )
@@ -41,7 +44,8 @@ _CHECKPOINT = flags.DEFINE_string(
 _CHECKPOINT_NUMBER = flags.DEFINE_integer(
   'checkpoint_number',
   None,
-  'The checkpoint that --mode=export takes: N of checkpoints/checkpoint_N. Default: the newest.',
+  'The checkpoint that --mode=sample or export takes: N of checkpoints/checkpoint_N. Default: the '
+  'newest.',
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'host:port of the first process, for a run of several processes.'
@@ -81,6 +85,7 @@ def main(argv: list[str]) -> None:
   # Imported here so that --help and a misspelt flag answer at once.
   import jax
 
+  import classifier_training
   import conversion
   import run_lib
   from errors import UserError
@@ -93,8 +98,10 @@ def main(argv: list[str]) -> None:
     config, workdir, checkpoint = _CONFIG.value, _WORKDIR.value, _CHECKPOINT.value
     modes = {
       'train': lambda: run_lib.train(config, workdir),
+      'sample': lambda: run_lib.sample(config, workdir, _CHECKPOINT_NUMBER.value),
       'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
       'stats': lambda: run_lib.make_stats(config),
+      'train_classifier': lambda: classifier_training.train_classifier(config, workdir),
       'import': lambda: conversion.import_checkpoint(config, workdir, checkpoint),
       'export': lambda: conversion.export_checkpoint(
         config, workdir, checkpoint, _CHECKPOINT_NUMBER.value
@@ -116,7 +123,8 @@ def _cpu_devices(config: Any) -> int:
   """
   if _COORDINATOR.value is not None:
     return 1
-  sizes = [config.get(section, {}).get('batch_size', 1) for section in ('training', 'eval')]
+  sections = ('training', 'eval', 'classifier')
+  sizes = [config.get(section, {}).get('batch_size', 1) for section in sections]
   if not all(isinstance(size, int) for size in sizes):
     return 1  # the configuration is refused later, with a sentence
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

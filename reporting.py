@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import tqdm
 from absl import logging
 from PIL import Image
 
+import parallelism
 from errors import UserError
 
 
@@ -54,15 +56,18 @@ def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-  """From [0, 1] to grey levels by truncation, as the published samples were made."""
-  return np.clip(np.asarray(images) * 255.0, 0, 255).astype(np.uint8)
+  """From [0, 1] to grey levels by truncation, as the published samples were made.
+
+  What was a grey level before it was scaled is that again: rounding does not take it one below.
+  """
+  return np.clip(np.asarray(images) * 255.0 + 1e-3, 0, 255).astype(np.uint8)
 
 
-def image_grid(images: np.ndarray, padding: int = 2) -> Image.Image:
-  """uint8 images (B, H, W, C) row by row in a grid, full and as square as that allows."""
+def image_grid(images: np.ndarray, columns: int | None = None, padding: int = 2) -> Image.Image:
+  """uint8 images (B, H, W, C) row by row in a grid, by default full and nearly square."""
   count, height, width, channels = images.shape
   root = int(np.ceil(np.sqrt(count)))
-  columns = next((n for n in range(root, 2 * root) if count % n == 0), root)
+  columns = columns or next((n for n in range(root, 2 * root) if count % n == 0), root)
   rows = -(-count // columns)
   cell_h, cell_w = height + padding, width + padding
   grid = np.zeros((rows * cell_h + padding, columns * cell_w + padding, channels), np.uint8)
@@ -76,9 +81,73 @@ def write_samples(directory: pathlib.Path, images: np.ndarray) -> None:
   """Writes `sample.npz` (uint8, key `samples`) and, last, `sample.png`."""
   images = to_uint8(images)
   write_npz(directory / 'sample.npz', samples=images)
+  write_png(directory / 'sample.png', image_grid(images))
+
+
+def write_png(path: pathlib.Path, image: Image.Image) -> None:
   buffer = io.BytesIO()
-  image_grid(images).save(buffer, 'png')
-  write_atomic(directory / 'sample.png', buffer.getvalue())
+  image.save(buffer, 'png')
+  write_atomic(path, buffer.getvalue())
+
+
+def write_gif(path: pathlib.Path, frames: list[Image.Image], seconds: float = 4.0) -> None:
+  """An animation of `seconds`, which rests on the last frame for two more."""
+  buffer = io.BytesIO()
+  each = max(20, int(1000 * seconds / len(frames)))  # ms; viewers do not go below 20
+  durations = [each] * (len(frames) - 1) + [2000]
+  frames[0].save(buffer, 'gif', save_all=True, append_images=frames[1:], duration=durations, loop=0)
+  write_atomic(path, buffer.getvalue())
+
+
+def write_trajectory(directory: pathlib.Path, frames: list[np.ndarray], shown: int = 8) -> None:
+  """Writes `trajectory.gif`, all images over time, and `trajectory.png`, a row for each image.
+
+  Args:
+    directory: to write to.
+    frames: uint8 batches (B, H, W, C), in order of time.
+    shown: rows of the still image, and at most 12 columns.
+  """
+  chosen = np.linspace(0, len(frames) - 1, min(12, len(frames))).round().astype(int)
+  strips = np.stack([frames[i][:shown] for i in chosen], axis=1)
+  flat = strips.reshape(-1, *strips.shape[2:])
+  write_png(directory / 'trajectory.png', image_grid(flat, columns=len(chosen)))
+  write_gif(directory / 'trajectory.gif', [image_grid(frame) for frame in frames])
+
+
+def write_comparison(directory: pathlib.Path, rounds: int, count: int) -> None:
+  """Writes `grid.png` of the first `count` images in `samples_<R>.npz`.
+
+  Where something was given, what was given, the sample and the original stand side by side.
+  """
+  arrays = []
+  for number in range(rounds):
+    with np.load(directory / f'samples_{number}.npz') as file:
+      keys = [key for key in ('given', 'samples', 'originals') if key in file]
+      arrays.append(np.stack([file[key] for key in keys], axis=1))
+  images = np.concatenate(arrays)[:count]
+  flat = images.reshape(-1, *images.shape[2:])
+  columns = len(keys) * max(1, int(np.sqrt(count / len(keys)))) if len(keys) > 1 else None
+  write_png(directory / 'grid.png', image_grid(flat, columns))
+
+
+class SamplingProgress:
+  """Watches a sampler: a bar over its network calls, and the trajectory if that is wanted.
+
+  Args:
+    bar: counts network calls.
+    nfe: of one run of the sampler, as far as that is known before.
+    frame_every: steps between two images that are kept; 0 keeps none.
+  """
+
+  def __init__(self, bar: tqdm.tqdm, nfe: int, frame_every: int = 0):
+    self._bar, self._nfe, self._every = bar, nfe, frame_every
+    self._start = bar.n
+    self.frames: list[np.ndarray] = []
+
+  def __call__(self, done: int, total: int, x: Callable[[], jax.Array]) -> None:
+    self._bar.update(self._start + self._nfe * done // total - self._bar.n)
+    if self._every and (done % self._every == 0 or done == total):
+      self.frames.append(to_uint8(parallelism.to_host(x())))
 
 
 class MetricWriter(contextlib.AbstractContextManager):

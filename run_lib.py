@@ -1,8 +1,12 @@
 """Training and evaluation: the wiring between configuration, data, state and outputs."""
 
+import contextlib
+import dataclasses
+import json
 import pathlib
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +18,7 @@ from absl import logging
 
 import checkpoints
 import configuration
+import controllable_generation
 import datasets
 import evaluation
 import evaluation_run
@@ -54,58 +59,119 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
   reporting.log_to_file(workdir / 'stdout.txt')
   configuration.log_start(config)
 
-  training = config.training
   train_ds, eval_ds, _ = datasets.get_dataset(config, config.data.uniform_dequantization)
   sde = sde_lib.get_sde(config)
+  with open_run(workdir) as run:
+    model, state = _initial_state(config, run.directories)
+    train_step = compile_train_step(config, sde, model, train_ds.preprocess)
+    eval_step = compile_eval_step(config, sde, model, eval_ds.preprocess)
+    draw = SampleDrawer(config, workdir, sde, model, lambda: run.preemption.requested(agreed=False))
+
+    def evaluate(state: State, step: int, metrics: reporting.MetricWriter) -> None:
+      images = eval_ds.batch(step // config.training.eval_freq)['image']
+      batch = parallelism.global_batch(images)
+      metrics.scalar('eval_loss', float(eval_step(state, batch)), step)
+
+    batches = (batch['image'] for batch in train_ds.iterate(int(state.step)))
+    train_loop(config.training, run, state, batches, train_step, evaluate, draw)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A working directory in which a training is going on.
+
+  Attributes:
+    workdir: the directory.
+    snapshots: the checkpoints that are kept.
+    latest: the latest states, from which the run continues.
+    preemption: says when to stop.
+  """
+
+  workdir: pathlib.Path
+  snapshots: CheckpointDirectory
+  latest: CheckpointDirectory
+  preemption: 'Preemption'
+
+  @property
+  def directories(self) -> list[CheckpointDirectory]:
+    return [self.latest, self.snapshots]
+
+
+@contextlib.contextmanager
+def open_run(workdir: pathlib.Path) -> Iterator[Run]:
+  """Opens the checkpoint directories of a run and takes its signals; waits for the last save."""
   with (
     CheckpointDirectory(workdir / 'checkpoints') as snapshots,
     CheckpointDirectory(workdir / 'checkpoints-meta', keep=2) as latest,
     Preemption() as preemption,
   ):
-    model, state = _initial_state(config, [latest, snapshots])
-    step = int(state.step)
-    last = training.n_iters - training.n_iters % training.n_jitted_steps
-    train_step = compile_train_step(config, sde, model, train_ds.preprocess)
-    eval_step = compile_eval_step(config, sde, model, eval_ds.preprocess)
-    draw = SampleDrawer(config, workdir, sde, model)
+    yield Run(workdir, snapshots, latest, preemption)
 
-    with (
-      reporting.MetricWriter(workdir, step) as metrics,
-      tqdm.tqdm(total=last, initial=step, unit='step', disable=None) as progress,
-    ):
-      if _is_snapshot(step, last, training.snapshot_freq):
-        draw(state, metrics)  # if the process was killed between the checkpoint and its samples
-      batches = train_ds.iterate(step)
-      unchecked = []
-      while step < last:
-        group = [next(batches)['image'] for _ in range(training.n_jitted_steps)]
-        state, step_losses = train_step(state, group)
-        step += training.n_jitted_steps
-        unchecked.append(step_losses)
-        progress.update(training.n_jitted_steps)
 
-        snapshot_due = _is_snapshot(step, last, training.snapshot_freq)
-        save_due = snapshot_due or step % training.snapshot_freq_for_preemption == 0
-        stop = preemption.requested(step % training.log_freq == 0)
-        if step % training.log_freq == 0 or save_due or stop:
-          loss = _check_finite(unchecked, step)
-          unchecked = []
-        if step % training.log_freq == 0:
-          metrics.scalar('training_loss', loss, step)
-          progress.set_postfix(loss=f'{loss:.4g}')
-        if step % training.eval_freq == 0:
-          images = eval_ds.batch(step // training.eval_freq)['image']
-          batch = parallelism.global_batch(images)
-          metrics.scalar('eval_loss', float(eval_step(state, batch)), step)
-        if snapshot_due:
-          snapshots.save(-(-step // training.snapshot_freq), state)
-          draw(state, metrics)
-        if save_due or stop:
-          latest.save(step, state)
-        if stop:
-          logging.info('Stopped by a signal at step %d; the same command continues.', step)
-          return
-    logging.info('Training is complete at step %d.', step)
+def train_loop(
+  training: Any,
+  run: Run,
+  state: State,
+  batches: Iterator[Any],
+  train_step: Callable[[State, list[Any]], tuple[State, jax.Array]],
+  evaluate: Callable[[State, int, reporting.MetricWriter], None],
+  at_snapshot: Callable[[State, reporting.MetricWriter], bool],
+) -> State | None:
+  """Steps from `state` to the last, with metrics, checkpoints and stopping.
+
+  Args:
+    training: `n_iters`, `n_jitted_steps` and the four frequencies.
+    run: where everything goes.
+    state: the state to start from.
+    batches: one per step, from that of `state` on.
+    train_step: `(state, n batches) -> (state, n losses)`; it consumes the state.
+    evaluate: called every `eval_freq` steps.
+    at_snapshot: called after every kept checkpoint, and again when a run continues from one;
+      returns False if it was asked to stop.
+
+  Returns:
+    The last state; None if a signal stopped the run before.
+
+  Raises:
+    NonFiniteLoss: the loss is NaN or infinite.
+  """
+  step = int(state.step)
+  last = training.n_iters - training.n_iters % training.n_jitted_steps
+  with (
+    reporting.MetricWriter(run.workdir, step) as metrics,
+    tqdm.tqdm(total=last, initial=step, unit='step', disable=None) as progress,
+  ):
+    if _is_snapshot(step, last, training.snapshot_freq):
+      at_snapshot(state, metrics)  # if the process was killed after the checkpoint, before this
+    unchecked = []
+    while step < last:
+      group = [next(batches) for _ in range(training.n_jitted_steps)]
+      state, step_losses = train_step(state, group)
+      step += training.n_jitted_steps
+      unchecked.append(step_losses)
+      progress.update(training.n_jitted_steps)
+
+      snapshot_due = _is_snapshot(step, last, training.snapshot_freq)
+      save_due = snapshot_due or step % training.snapshot_freq_for_preemption == 0
+      stop = run.preemption.requested(step % training.log_freq == 0)
+      if step % training.log_freq == 0 or save_due or stop:
+        loss = _check_finite(unchecked, step)
+        unchecked = []
+      if step % training.log_freq == 0:
+        metrics.scalar('training_loss', loss, step)
+        progress.set_postfix(loss=f'{loss:.4g}')
+      if step % training.eval_freq == 0:
+        evaluate(state, step, metrics)
+      if snapshot_due:
+        run.snapshots.save(-(-step // training.snapshot_freq), state)
+        stop = not at_snapshot(state, metrics) or stop
+      if save_due or stop:
+        run.latest.save(step, state)
+      if stop:
+        logging.info('Stopped by a signal at step %d; the same command continues.', step)
+        return None
+  logging.info('Training is complete at step %d.', step)
+  return state
 
 
 def make_directory(path: pathlib.Path) -> None:
@@ -129,14 +195,20 @@ def _is_snapshot(step: int, last: int, frequency: int) -> bool:
 def _initial_state(config: Any, directories: list[CheckpointDirectory]) -> tuple[nn.Module, State]:
   """The network, and the newest saved state or that of step 0, on all devices."""
   model, like = losses.abstract_state(config)
+  init = lambda: losses.init_state(configuration.stream(config, 'init'), config)[1]
+  return model, restore_or_init(directories, like, init)
+
+
+def restore_or_init(
+  directories: list[CheckpointDirectory], like: State, init: Callable[[], State]
+) -> State:
+  """The newest saved state, shaped as `like`, or else that of `init`, on all devices."""
   state = checkpoints.restore_newest(directories, like)
   if state is None:
-    state = parallelism.replicate(
-      losses.init_state(configuration.stream(config, 'init'), config)[1]
-    )
+    state = parallelism.replicate(init())
   count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   logging.info('parameters: %d', count)
-  return model, state
+  return state
 
 
 def _check_finite(chunks: list[jax.Array], step: int) -> float:
@@ -150,7 +222,8 @@ def _check_finite(chunks: list[jax.Array], step: int) -> float:
   if len(bad):
     raise NonFiniteLoss(
       f'training_loss is {values[bad[0]]} at step {step - len(values) + 1 + bad[0]}; the '
-      f'checkpoints hold earlier steps. Lower optim.lr, lengthen optim.warmup or check the data.'
+      f'checkpoints hold earlier steps. Lower the learning rate, lengthen the warm-up or check '
+      f'the data.'
     )
   return float(values[-1])
 
@@ -164,15 +237,12 @@ def compile_train_step(
 ) -> Callable[[State, list[np.ndarray]], tuple[State, jax.Array]]:
   """The function `(state, n uint8 batches) -> (state, n losses)`; it consumes the state.
 
-  On accelerators the n steps are one compiled loop. On CPU, where a call costs nothing and XLA
-  slows convolutions in loops down, they are n calls of the same compiled step.
-
   Args:
     config: reads `training`, `optim`, `seed`.
     sde: the forward SDE.
     model: the network.
     preprocess: see `datasets.get_preprocess_fn`.
-    fused: overrides the choice.
+    fused: see `compile_steps`.
   """
   step_fn = losses.build_step_fn(config, sde, model, train=True)
   root = configuration.stream(config, 'train')
@@ -183,17 +253,33 @@ def compile_train_step(
     (_, state), loss = step_fn((step_rng, state), batch)
     return state, loss
 
+  return compile_steps(one_step, fused)
+
+
+def compile_steps(
+  one_step: Callable[[State, Any], tuple[State, jax.Array]], fused: bool | None = None
+) -> Callable[[State, list[Any]], tuple[State, jax.Array]]:
+  """The function `(state, n batches) -> (state, n losses)`; it consumes the state.
+
+  On accelerators the n steps are one compiled loop. On CPU, where a call costs nothing and XLA
+  slows convolutions in loops down, they are n calls of the same compiled step.
+
+  Args:
+    one_step: `(state, global batch) -> (state, loss)`.
+    fused: overrides the choice.
+  """
   whole = parallelism.replicated()
   if fused is None:
     fused = jax.default_backend() != 'cpu'
   if fused:
     compiled = jax.jit(
-      lambda state, images: jax.lax.scan(one_step, state, images),
+      lambda state, batches: jax.lax.scan(one_step, state, batches),
       donate_argnums=0,
       in_shardings=(whole, parallelism.batch_sharding(axis=1)),
       out_shardings=whole,
     )
-    return lambda state, group: compiled(state, parallelism.global_batch(np.stack(group), axis=1))
+    stack = lambda group: jax.tree.map(lambda *arrays: np.stack(arrays), *group)
+    return lambda state, group: compiled(state, parallelism.global_batch(stack(group), axis=1))
 
   compiled = jax.jit(
     one_step,
@@ -202,10 +288,10 @@ def compile_train_step(
     out_shardings=whole,
   )
 
-  def steps(state: State, group: list[np.ndarray]) -> tuple[State, np.ndarray]:
+  def steps(state: State, group: list[Any]) -> tuple[State, np.ndarray]:
     step_losses = []
-    for images in group:
-      state, loss = compiled(state, parallelism.global_batch(images))
+    for batch in group:
+      state, loss = compiled(state, parallelism.global_batch(batch))
       step_losses.append(loss)
     return state, np.asarray(step_losses)
 
@@ -229,13 +315,31 @@ def compile_eval_step(
   return compiled
 
 
+class _Interrupted(Exception):
+  """Sampling was asked to stop."""
+
+
 class SampleDrawer:
   """Draws a batch from the EMA parameters and writes it to `samples/iter_<step>_host_0`.
 
   The random numbers depend on the seed and the step only.
+
+  Args:
+    config: reads `sampling`, `data`, `seed` and the training batch size.
+    workdir: of the run.
+    sde: the forward SDE.
+    model: the network.
+    stop_requested: asked after every step of the sampler.
   """
 
-  def __init__(self, config: Any, workdir: pathlib.Path, sde: SDE, model: nn.Module):
+  def __init__(
+    self,
+    config: Any,
+    workdir: pathlib.Path,
+    sde: SDE,
+    model: nn.Module,
+    stop_requested: Callable[[], bool] = lambda: False,
+  ):
     data = config.data
     shape = (config.training.batch_size, data.image_size, data.image_size, data.num_channels)
     inverse_scaler = datasets.get_data_inverse_scaler(config)
@@ -243,13 +347,19 @@ class SampleDrawer:
     self._root = configuration.stream(config, 'sample')
     self._workdir = workdir
     self._enabled = config.training.snapshot_sampling
+    self._stop_requested = stop_requested
 
-  def __call__(self, state: State, metrics: reporting.MetricWriter) -> None:
+  def __call__(self, state: State, metrics: reporting.MetricWriter) -> bool:
+    """Returns whether the samples are there; if not, the run was asked to stop."""
     step = int(state.step)
     directory = self._workdir / 'samples' / f'iter_{step}_host_0'
     if not self._enabled or (directory / 'sample.png').exists():
-      return
-    samples, nfe = self._sampling_fn(jax.random.fold_in(self._root, step), state)
+      return True
+    rng = jax.random.fold_in(self._root, step)
+    try:
+      samples, nfe = self._sampling_fn(rng, state, watch=self._watch)
+    except _Interrupted:
+      return False
     samples = parallelism.to_host(samples)
     if jax.process_index() == 0:
       reporting.write_samples(directory, samples)
@@ -257,6 +367,160 @@ class SampleDrawer:
     logging.info(
       'step: %d, %d samples with %d network calls: %s', step, len(samples), nfe, directory
     )
+    return True
+
+  def _watch(self, *progress: Any) -> None:
+    del progress
+    if self._stop_requested():
+      raise _Interrupted
+
+
+def sample(
+  config: ml_collections.ConfigDict, workdir: str, checkpoint_number: int | None = None
+) -> None:
+  """Draws `sampling.num_samples` images with the EMA parameters, under `sampling.task`.
+
+  Writes to `samples/<task>_<method>_step_<S>_seed_<seed>/`, for every round of
+  `sampling.batch_size`, `samples_<R>.npz` (uint8 images, labels, what was given, originals) and
+  `report_<R>.json`; `grid.png`; and with `sampling.trajectory_every` also `trajectory.gif` and
+  `trajectory.png` of the first round. The random numbers depend on the seed and the round (with
+  `sampling.per_image_seeds`, the image) only; a run that was killed goes on with the round that it
+  was in.
+
+  Args:
+    config: the configuration of the run.
+    workdir: its directory.
+    checkpoint_number: which of `checkpoints/` to take; by default the newest state.
+
+  Raises:
+    UserError: a wrong configuration, or a checkpoint that does not exist.
+  """
+  reporting.log_to_console()
+  config, workdir = configuration.prepare(config), pathlib.Path(workdir)
+  sde = sde_lib.get_sde(config)
+  draw = RoundDrawer(config, sde)
+  model, state = trained_state(config, workdir, checkpoint_number)
+  settings = config.sampling
+  name = f'{settings.task}_{settings.method}_step_{int(state.step)}_seed_{config.seed}'
+  directory = workdir / 'samples' / name.lower()
+  rounds = -(-settings.num_samples // settings.batch_size)
+  sampler = sampling.get_sampling_fn(config, sde, model, draw.shape, draw.inverse_scaler)
+  with tqdm.tqdm(total=rounds * draw.calls, unit='call', disable=None) as bar:
+    for number in range(rounds):
+      if not (directory / f'report_{number}.json').exists():
+        draw(sampler, state, number, directory, bar)
+      bar.update((number + 1) * draw.calls - bar.n)
+  if jax.process_index() == 0:
+    reporting.write_comparison(directory, rounds, settings.num_samples)
+  logging.info('%d samples: %s', settings.num_samples, directory)
+
+
+def trained_state(
+  config: Any, workdir: pathlib.Path, number: int | None
+) -> tuple[nn.Module, State]:
+  """The network and a saved state of the run.
+
+  Raises:
+    UserError: if there is none.
+  """
+  model, like = losses.abstract_state(config)
+  if not (workdir / 'checkpoints').is_dir():
+    raise UserError(f'--workdir={workdir} holds no checkpoints/: train there first, or import.')
+  with (
+    CheckpointDirectory(workdir / 'checkpoints') as snapshots,
+    CheckpointDirectory(workdir / 'checkpoints-meta', keep=2) as latest,
+  ):
+    if number is not None and number not in snapshots.numbers():
+      raise UserError(
+        f'--checkpoint_number={number} is not in {workdir}/checkpoints: it has '
+        f'{snapshots.numbers()}.'
+      )
+    if number is not None:
+      return model, snapshots.restore(number, like)
+    state = checkpoints.restore_newest([latest, snapshots], like)
+  if state is None:
+    raise UserError(f'--workdir={workdir} holds no checkpoint: train there first, or import.')
+  return model, state
+
+
+class RoundDrawer:
+  """Draws one batch under the configured task and writes it.
+
+  Args:
+    config: reads `sampling`, `data` and `seed`.
+    sde: the forward SDE.
+
+  Raises:
+    UserError: for settings that do not go together, before anything is compiled.
+  """
+
+  def __init__(self, config: Any, sde: SDE):
+    settings, data = config.sampling, config.data
+    datasets.check_batch_size(settings.batch_size, 'sampling.batch_size')
+    if settings.num_samples < 1:
+      raise UserError(f'sampling.num_samples={settings.num_samples} must be at least 1.')
+    self.shape = (settings.batch_size, data.image_size, data.image_size, data.num_channels)
+    self.inverse_scaler = datasets.get_data_inverse_scaler(config)
+    self._scaler = datasets.get_data_scaler(config)
+    self._settings, self._seed = settings, config.seed
+    self._root = configuration.stream(config, 'sample_mode')
+    self._task = controllable_generation.get_task(config, sde, self.inverse_scaler)
+    zeros = jax.numpy.zeros((2, *self.shape[1:])), jax.numpy.zeros(2, int)
+    sampling.check(config, sde, self._task.condition(*zeros))
+    method = sampling.get_method(config, sde)
+    self.calls = method.n_steps * method.calls_per_step
+    self._source = datasets.get_source(config, 'test') if self._task.uses_images else None
+
+  def __call__(
+    self,
+    sampler: sampling.Sampler,
+    state: State,
+    number: int,
+    directory: pathlib.Path,
+    bar: tqdm.tqdm,
+  ) -> None:
+    index = number * self.shape[0] + np.arange(self.shape[0])
+    originals, labels = self._examples(index)
+    images = self._scaler(originals / np.float32(255))
+    condition = self._task.condition(jax.numpy.asarray(images), jax.numpy.asarray(labels))
+    rng = jax.random.fold_in(self._root, number)
+    if self._settings.per_image_seeds:
+      rng = jax.vmap(jax.random.fold_in, (None, 0))(self._root, index)
+    every = self._settings.trajectory_every if number == 0 else 0
+    watch = reporting.SamplingProgress(bar, self.calls, every)
+    start = time.perf_counter()
+    samples, nfe = sampler(rng, state, condition=parallelism.replicate(condition), watch=watch)
+    samples = reporting.to_uint8(parallelism.to_host(samples))
+    seconds = time.perf_counter() - start
+    if jax.process_index() != 0:
+      return
+    arrays = {'samples': samples, 'labels': labels}
+    if self._source is not None:
+      given = self.inverse_scaler(self._task.given(condition, images))
+      arrays |= {'given': reporting.to_uint8(given), 'originals': originals}
+    reporting.write_npz(directory / f'samples_{number}.npz', **arrays)
+    if watch.frames:
+      reporting.write_trajectory(directory, watch.frames)
+    report = {
+      'task': self._settings.task,
+      'method': self._settings.method,
+      'step': int(state.step),
+      'seed': self._seed,
+      'round': number,
+      'samples': len(samples),
+      'nfe': nfe,
+      'seconds': round(seconds, 3),
+      'labels': labels.tolist(),
+    }
+    text = json.dumps(report, indent=2).encode()
+    reporting.write_atomic(directory / f'report_{number}.json', text)
+
+  def _examples(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images of the test split, again from its start after its end, and labels."""
+    if self._source is None:
+      return np.zeros(self.shape, np.uint8), self._task.labels(index)
+    examples = [self._source[i % len(self._source)] for i in index]
+    return np.stack([e['image'] for e in examples]), np.stack([e['label'] for e in examples])
 
 
 class Preemption:

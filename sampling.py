@@ -258,9 +258,7 @@ class Method(abc.ABC):
     """Step number `i`, from 0."""
 
   @abc.abstractmethod
-  def result(
-    self, score_fn: ScoreFn, condition: Condition, carry: tuple[Any, ...]
-  ) -> jax.Array:
+  def result(self, score_fn: ScoreFn, condition: Condition, carry: tuple[Any, ...]) -> jax.Array:
     """The sample, in the network's range."""
 
   def nfe(self, carry: tuple[Any, ...]) -> int:
@@ -318,6 +316,7 @@ def get_sampler(
   shape: tuple[int, ...],
   inverse_scaler: Callable[[jax.Array], jax.Array],
   continuous: bool = True,
+  frame_every: int = 0,
   steps_per_call: int | None = None,
 ) -> Sampler:
   """A function that draws batches by `method`.
@@ -329,11 +328,13 @@ def get_sampler(
     shape: (B, H, W, C) over all devices.
     inverse_scaler: from the network's range to [0, 1].
     continuous: whether the network was trained on continuous time.
+    frame_every: steps between the calls of `watch`; 0 leaves that to `steps_per_call`.
     steps_per_call: steps in one compiled call. By default 1 on CPU, where a call costs nothing and
-      XLA slows convolutions in loops down, and a twentieth of all steps elsewhere.
+      XLA slows convolutions in loops down; elsewhere `frame_every` or a twentieth of all steps.
   """
   if steps_per_call is None:
-    steps_per_call = 1 if jax.default_backend() == 'cpu' else max(1, method.n_steps // 20)
+    on_cpu = jax.default_backend() == 'cpu'
+    steps_per_call = 1 if on_cpu else frame_every or max(1, method.n_steps // 20)
 
   def score_fn_of(params, model_state):
     return mutils.get_score_fn(sde, model, params, model_state, False, continuous)
@@ -584,9 +585,7 @@ def _pc_method(config: Any, sde: SDE, eps: float) -> Method:
 def _ode_method(config: Any, sde: SDE, eps: float) -> Method:
   settings = config.sampling
   solver = ode.check_method(settings.ode_solver)
-  return ProbabilityFlow(
-    sde, settings.noise_removal, settings.rtol, settings.atol, solver, eps
-  )
+  return ProbabilityFlow(sde, settings.noise_removal, settings.rtol, settings.atol, solver, eps)
 
 
 def _with_steps(config: Any, sde: SDE) -> SDE:
@@ -639,5 +638,12 @@ def get_sampling_fn(
   Raises:
     UserError: for an unknown method, predictor or corrector, or one that the SDE cannot serve.
   """
-  method = get_method(config, sde, eps)
-  return get_sampler(method, sde, model, shape, inverse_scaler, config.training.continuous)
+  return get_sampler(
+    get_method(config, sde, eps),
+    sde,
+    model,
+    shape,
+    inverse_scaler,
+    config.training.continuous,
+    frame_every=config.sampling.trajectory_every,
+  )

@@ -28,7 +28,8 @@ def get_default_configs() -> ml_collections.ConfigDict:
   sampling.n_steps = 0  # steps from T to eps; 0 takes model.num_scales
   sampling.time_grid = 'edm'  # of the fast methods: 'edm', 'logsnr' or 'uniform'
   sampling.rho = 7.0  # exponent of the grid 'edm'
-  sampling.churn = 0.0  # noise that method='heun' adds again
+  sampling.eta = 0.0  # new noise in ddim and dpm_solver++, from 0 (the flow) to 1 (the SDE)
+  sampling.churn = 0.0  # noise that heun adds and removes again
   sampling.n_steps_each = 1  # corrector steps after each predictor step
   sampling.noise_removal = True  # return the mean of the last step
   sampling.probability_flow = False
@@ -65,7 +66,7 @@ def get_default_configs() -> ml_collections.ConfigDict:
   evaluate.bpd_dataset = 'test'
   evaluate.bpd_repeats = 0  # passes, each with other noise; 0: 5 of 'test', 1 of 'train'
   evaluate.wait_seconds = 0  # how long to wait for a checkpoint that training has yet to save
-  evaluate.extractor = 'inception'  # or 'inception_ttur', 'none' to draw samples only
+  evaluate.extractor = 'inception'  # or 'inception_ttur', 'mnist5k'; 'none': draw samples only
   evaluate.inception_path = ''  # weights; else SCORE_SDE_INCEPTION, else assets/
   evaluate.stats_path = ''  # statistics of the data; else a file of assets/stats/
   evaluate.stats_split = 'train'
@@ -99,4 +100,23 @@ def get_default_configs() -> ml_collections.ConfigDict:
   optim.weight_decay = 0.0
   optim.warmup = 5000  # steps of linear warm-up
   optim.grad_clip = 1.0  # largest global norm of the gradient; negative turns clipping off
+
+  # The noise-conditional classifier: --mode=train_classifier, class-conditional sampling.
+  # Frequencies, seed, beta1, eps and grad_clip are those of `training` and `optim`.
+  config.classifier = classifier = ml_collections.ConfigDict()
+  classifier.checkpoint = ''  # a classifier.safetensors, for sampling
+  classifier.name = 'wideresnet_noise_conditional'
+  classifier.num_classes = 10
+  classifier.blocks_per_group = 4
+  classifier.channel_multiplier = 10
+  classifier.embedding_size = 128
+  classifier.fourier_scale = 16.0
+  classifier.sigma_min = 0.01  # the noise levels, in units of images in [0, 1]
+  classifier.sigma_max = 80.0
+  classifier.batch_size = 128  # over all devices
+  classifier.n_iters = 200000
+  classifier.lr = 2e-4
+  classifier.warmup = 5000  # steps of linear warm-up
+  classifier.weight_decay = 0.0  # of the kernels
+  classifier.ema_rate = 0.999
   return config

@@ -1,14 +1,19 @@
 """Registry and construction of networks, and the step from a network to a score."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import flax.serialization
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
 
 from errors import UserError
 from registry import Registry
@@ -20,6 +25,7 @@ get_model = _MODELS.get
 
 _CLASSIFIERS = Registry('classifier')
 register_classifier = _CLASSIFIERS.register
+get_classifier = _CLASSIFIERS.get
 
 PyTree = Any
 LogitFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -151,7 +157,8 @@ def create_classifier(
   Args:
     prng_key: for fresh parameters.
     batch_size: of the batch that they are initialized with; they do not depend on it.
-    ckpt_path: a file of parameters, as `flax.serialization.to_bytes` writes them; None draws them.
+    ckpt_path: a file of parameters, as `--mode=train_classifier` writes it, which knows the name,
+      the shape and the fields itself, or as `flax.serialization.to_bytes` does; None draws them.
     name: of a registered classifier.
     image_shape: (H, W, C).
     **fields: of the classifier, such as `num_classes`.
@@ -159,8 +166,18 @@ def create_classifier(
   Raises:
     UserError: for an unknown name or field, or a file that is not there or holds something else.
   """
-  cls = _CLASSIFIERS.get(name)
-  known = [f.name for f in dataclasses.fields(cls) if f.name not in ('parent', 'name')]
+  if ckpt_path is not None and is_classifier_file(ckpt_path):
+    params, info = read_classifier_file(ckpt_path)
+    name, image_shape = info['name'], info['image_shape']
+    trained = info['fields']
+    if differing := {key: fields[key] for key in fields if fields[key] != trained.get(key)}:
+      raise UserError(
+        f'{ckpt_path} holds a classifier with {trained}, not {differing}: '
+        f'create it with the fields that it was trained with, or with none.'
+      )
+    fields = trained
+  cls = get_classifier(name)
+  known = classifier_fields(name)
   if unknown := set(fields) - set(known):
     raise UserError(
       f'The classifier {name} has no fields {sorted(unknown)}: choose from {", ".join(known)}.'
@@ -175,7 +192,10 @@ def create_classifier(
     return classifier, jax.jit(init)(prng_key)
   like = jax.eval_shape(init, prng_key)
   try:
-    params = flax.serialization.from_bytes(like, pathlib.Path(ckpt_path).read_bytes())
+    if is_classifier_file(ckpt_path):
+      params = flax.serialization.from_state_dict(like, params)
+    else:
+      params = flax.serialization.from_bytes(like, pathlib.Path(ckpt_path).read_bytes())
   except (OSError, ValueError) as error:
     raise UserError(f'{ckpt_path} is not a file of parameters of {name}: {error}.') from error
   for (path, expected), leaf in zip(
@@ -187,6 +207,50 @@ def create_classifier(
         f'({jax.tree_util.keystr(path)}): create it with the fields that it was trained with.'
       )
   return classifier, jax.tree.map(jnp.asarray, params)
+
+
+def classifier_fields(name: str) -> list[str]:
+  """The fields of the classifier registered as `name`."""
+  fields = dataclasses.fields(get_classifier(name))
+  return [f.name for f in fields if f.name not in ('parent', 'name')]
+
+
+def is_classifier_file(path: str | pathlib.Path) -> bool:
+  """Whether `path` is a file in safetensors, as `--mode=train_classifier` writes them."""
+  try:
+    with open(path, 'rb') as file:
+      head = file.read(9)
+  except OSError:
+    return False
+  return head[4:] == b'\0\0\0\0{'  # the length of the JSON header, and the header
+
+
+def read_classifier_file(path: str | pathlib.Path) -> tuple[PyTree, dict[str, Any]]:
+  """The parameters in a file of `--mode=train_classifier`, and what it says of them.
+
+  Returns:
+    The parameters, and `name`, `fields`, `image_shape`, `sigma_min`, `sigma_max`, `accuracy`, ...
+
+  Raises:
+    UserError: if it is not there, or no such file.
+  """
+  try:
+    with safetensors.safe_open(path, framework='numpy') as file:
+      info = json.loads((file.metadata() or {})['classifier'])
+      arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+  except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+    raise UserError(
+      f'{path} is not a classifier ({type(error).__name__}: {error}): give the '
+      f'classifier.safetensors of a run of --mode=train_classifier.'
+    ) from error
+  return flax.traverse_util.unflatten_dict(arrays, sep='/'), info
+
+
+def write_classifier_file(params: PyTree, info: dict[str, Any]) -> bytes:
+  """The content of a file that `read_classifier_file` reads."""
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
+  return safetensors.numpy.save(arrays, {'classifier': json.dumps(info)})
 
 
 def get_logit_fn(

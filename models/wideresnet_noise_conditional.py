@@ -107,7 +107,10 @@ class WideResnet(nn.Module):
   fourier_scale: float = 16.0
 
   @nn.compact
-  def __call__(self, x: jax.Array, sigmas: jax.Array, train: bool = True) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, sigmas: jax.Array, train: bool = True, pooled: bool = False
+  ) -> jax.Array:
+    """The logits; with `pooled`, what the last layer makes them of (see `features`)."""
     del train  # without dropout and batch statistics it makes no difference
     temb = GaussianFourierProjection(self.embedding_size, self.fourier_scale)(jnp.log(sigmas))
     temb = nn.Dense(self.embedding_size * 4)(temb)
@@ -122,4 +125,11 @@ class WideResnet(nn.Module):
         activate_before_residual=level == 0,
       )(x, temb)
     x = jnp.mean(_activation(x, 'pre-pool-bn'), axis=(1, 2))
-    return nn.Dense(self.num_classes)(x)
+    return x if pooled else nn.Dense(self.num_classes)(x)
+
+  def features(self, x: jax.Array, sigmas: jax.Array) -> jax.Array:
+    """The pooled features before the last layer, (B, 64 channel_multiplier).
+
+    Call it as `module.apply({'params': params}, x, sigmas, method='features')`.
+    """
+    return self(x, sigmas, train=False, pooled=True)

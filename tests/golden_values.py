@@ -60,9 +60,7 @@ def sampling_setup(name: str):
   config.model.num_scales = settings['N']
   model = utils.create_model(config)
   x = jnp.zeros(recorded['pc_denoise0'].shape)
-  shapes = jax.eval_shape(
-    lambda: model.init(jax.random.PRNGKey(0), x, jnp.ones(2), train=False)
-  )
+  shapes = jax.eval_shape(lambda: model.init(jax.random.PRNGKey(0), x, jnp.ones(2), train=False))
   params = filled_like(shapes['params'])
   state = losses.State(0, params, params, None, {})
   return recorded, settings, config, sde_lib.get_sde(config), model, state

@@ -35,6 +35,16 @@ def test_classifier_agrees_with_recorded_logits_and_gradient(fresh):
   golden.assert_close(grad_fn(x, sigmas, labels), recorded['grad'], 1e-4)
 
 
+def test_last_layer_makes_the_logits_of_the_features(fresh):
+  recorded = golden.load('classifier')
+  classifier, params = fresh
+  params = golden.filled_like(params)
+  x, sigmas = jnp.asarray(recorded['x']), jnp.asarray(recorded['sigmas'])
+  features = jax.jit(lambda x: classifier.apply({'params': params}, x, sigmas, method='features'))
+  last = params['Dense_2']
+  golden.assert_close(features(x) @ last['kernel'] + last['bias'], recorded['logits'], 2e-5)
+
+
 def test_gradient_of_the_log_likelihoods_of_all_classes_cancels_under_the_posterior(fresh):
   classifier, params = fresh
   logit_fn = utils.get_logit_fn(classifier, golden.filled_like(params))

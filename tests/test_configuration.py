@@ -31,6 +31,12 @@ BAD = [
   ('model.num_scales', 0, 'at least one step, got N=0'),
   ('model.ema_rate', 1.0, 'model.ema_rate=1.0 must be in'),
   ('optim.lr', 0.0, 'optim.lr=0.0 must be positive'),
+  ('classifier.name', 'vgg', "Unknown classifier 'vgg': choose one of .*wideresnet"),
+  ('classifier.depth', 28, "Unknown config.classifier key 'depth'"),
+  ('classifier.num_classes', 0, 'classifier.num_classes=0 must be at least 1'),
+  ('classifier.lr', 0.0, 'classifier.lr=0.0 must be positive'),
+  ('classifier.ema_rate', 1.0, 'classifier.ema_rate=1.0 must be in'),
+  ('classifier.sigma_max', 0.01, 'must be positive and less than classifier.sigma_max=0.01'),
 ]
 
 

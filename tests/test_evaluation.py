@@ -192,6 +192,22 @@ def test_inception_features_come_from_the_file_of_pytorch(monkeypatch, tmp_path)
   assert np.abs(features - ttur(grey)['pool_3']).max() > 1e-4
 
 
+def test_the_classifier_of_the_digits_is_an_extractor_that_needs_no_download(config):
+  config.eval.extractor = 'mnist5k'
+  extractor = evaluation.get_extractor(config)
+  source = datasets.get_source(config, 'test')
+  outputs = extractor(source.images)
+  assert outputs['pool_3'].shape == (500, 64)
+  assert np.mean(outputs['logits'].argmax(1) == source.labels) > 0.95
+  # The logits are linear in the features.
+  design = np.concatenate([outputs['pool_3'], np.ones((500, 1))], 1)
+  predicted = design @ np.linalg.lstsq(design, outputs['logits'])[0]
+  np.testing.assert_allclose(predicted, outputs['logits'], atol=1e-3)
+  config.data.image_size = 32
+  with pytest.raises(UserError, match=r'knows images of shape \(28, 28, 1\), not \(32, 32, 1\)'):
+    evaluation.get_extractor(config)
+
+
 @pytest.mark.slow
 def test_the_numbers_of_50000_features_fit_in_two_gibibytes():
   command = [sys.executable, '-m', 'benchmarks.inception', '--features']

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 
 import datasets
-import losses
 import sampling
 import sde_lib
 from errors import UserError
-from models import utils
 from sde_lib import VESDE, VPSDE, subVPSDE
 from tests import golden_values as golden
 from tests.test_sdes import RECORDED, recorded_score
@@ -65,6 +63,7 @@ def test_pc_samplers_agree_with_recorded_samples(name, recorded_random_bits):
 @pytest.mark.parametrize('name', golden.CONTINUOUS)
 def test_ode_samplers_agree_with_recorded_samples(name):
   recorded, settings, config, sde, model, state = golden.sampling_setup(name)
+
   def sample(tolerance):
     sampler = sampling.get_ode_sampler(
       sde,
