@@ -4,7 +4,10 @@ A checkpoint is complete or absent (Orbax writes to a temporary name and renames
 notice a flipped bit in an array, so the CRC-32 of every array is stored beside it and verified.
 """
 
+import json
 import pathlib
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -106,6 +109,26 @@ class CheckpointDirectory:
       DamagedCheckpoint: if that cannot be read.
     """
     return int(self._read_metadata(number)['step'])
+
+  def wait_for(self, number: int, seconds: float) -> bool:
+    """Whether checkpoint `number` is there, now or within `seconds`.
+
+    A file system shared over a network does not tell of new files, so this looks each second.
+    """
+    deadline = time.monotonic() + seconds
+    while number not in self.numbers() and time.monotonic() < deadline:
+      threading.Event().wait(1)
+      self._manager.reload()
+    return number in self.numbers()
+
+  def identity(self, number: int) -> str:
+    """A checksum over the step and all arrays of checkpoint `number`.
+
+    Raises:
+      DamagedCheckpoint: if that cannot be read.
+    """
+    metadata = json.dumps(self._read_metadata(number), sort_keys=True)
+    return f'{zlib.crc32(metadata.encode()):08x}'
 
   def restore(self, number: int, like: State) -> State:
     """Checkpoint `number` as a state shaped as `like` (arrays or shapes), on all devices.

@@ -43,6 +43,9 @@ FREE = (
   'classifier.',
 )
 
+# Streams of random numbers, each a fold of the seed; new ones come last.
+STREAMS = ('init', 'train', 'eval', 'sample', 'sample_mode', 'bpd')
+
 FREQUENCIES = ('log_freq', 'eval_freq', 'snapshot_freq', 'snapshot_freq_for_preemption')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
@@ -162,6 +165,11 @@ def _check_classifier(classifier: Any) -> None:
       f'classifier.sigma_min={classifier.sigma_min} must be positive and less than '
       f'classifier.sigma_max={classifier.sigma_max}.'
     )
+
+
+def stream(config: Any, name: str) -> jax.Array:
+  """The root key of one kind of random numbers."""
+  return jax.random.fold_in(jax.random.PRNGKey(config.seed), STREAMS.index(name))
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ Keyword-only parameters are keys of `config.data` that the data set adds to the 
 
 import dataclasses
 import inspect
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -113,8 +114,46 @@ class Dataset:
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(self._batches()[start::stride].to_iter_dataset(options))
 
+  def once(self, start: int = 0) -> Iterator[Example]:
+    """Each example once, in the order of the source: batches `start`, `start` + 1, ..., to the end.
+
+    The last batch is filled up, so that all have one shape; `weight` is 1 for an example and 0 for
+    what fills up. Each process gets its rows.
+    """
+    padded = Padded(self.source, self.batch_size)
+    batches = dataclasses.replace(self, source=padded, shuffle=False)
+    return itertools.islice(batches.iterate(start), len(self) - start)
+
+  def __len__(self) -> int:
+    """The number of batches of `once`."""
+    return -(-len(self.source) // self.batch_size)
+
+  def count(self, batch: int) -> int:
+    """How many examples batch number `batch` of `once` has, in all processes."""
+    return min(self.batch_size, len(self.source) - batch * self.batch_size)
+
   def __iter__(self) -> Iterator[Example]:
     return self.iterate()
+
+
+@dataclasses.dataclass(frozen=True)
+class Padded:
+  """A source whose length is a multiple of the batch size; its last example is repeated.
+
+  Attributes:
+    source: the examples.
+    batch_size: size of the global batch.
+  """
+
+  source: Source
+  batch_size: int
+
+  def __len__(self) -> int:
+    return -(-len(self.source) // self.batch_size) * self.batch_size
+
+  def __getitem__(self, i: int) -> Example:
+    count = len(self.source)
+    return {**self.source[min(i, count - 1)], 'weight': np.float32(i < count)}
 
 
 def get_dataset(
@@ -139,7 +178,6 @@ def get_dataset(
 
   def make(split: str, evaluation: bool) -> Dataset:
     source = get_source(config, split)
-    _check_image(source[0]['image'], config)
     preprocess = get_preprocess_fn(config, uniform_dequantization, evaluation)
     return Dataset(source, batch_size, config.seed, not evaluation, preprocess)
 
@@ -150,10 +188,16 @@ def get_dataset(
 
 
 def get_source(config: Any, split: str) -> Source:
-  """The examples of one split of `config.data.dataset`."""
+  """The examples of one split, 'train' or 'test', of `config.data.dataset`.
+
+  Raises:
+    UserError: for an unknown data set, or images that are not of the configured shape.
+  """
   make = _DATASETS.get(config.data.dataset)
   extra = {key: config.data[key] for key in extra_keys(config.data.dataset) if key in config.data}
-  return make(config, split, **extra)
+  source = make(config, split, **extra)
+  _check_image(source[0]['image'], config)
+  return source
 
 
 def extra_keys(name: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Training objectives, the optimizer, and one training or evaluation step.
 
 Every loss function has the form `loss_fn(rng, params, states, batch) -> (loss, new states)`, where
-`batch` is {'image': (B, H, W, C)} in the range that the network expects.
+`batch` is {'image': (B, H, W, C)} in the range that the network expects; evaluation adds
+{'weight': (B,)}, zero for examples that do not count.
 """
 
 import functools
@@ -131,6 +132,11 @@ def _reduce(squares: jax.Array, reduce_mean: bool) -> jax.Array:
   return jnp.mean(squares, axis=-1) if reduce_mean else 0.5 * jnp.sum(squares, axis=-1)
 
 
+def _batch_mean(losses: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+  """The mean over examples; `weight` of the batch, if it is there, leaves some out."""
+  return jnp.average(losses, weights=batch.get('weight'))
+
+
 def _draws(rng: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Keys for the time, the noise and the dropout."""
   rng, time_rng = jax.random.split(rng)
@@ -178,7 +184,7 @@ def get_sde_loss_fn(
       losses = _reduce((score + batch_mul(1 / std, z)) ** 2, reduce_mean) * g2
     else:
       losses = _reduce((batch_mul(std, score) + z) ** 2, reduce_mean)
-    return jnp.mean(losses), new_states
+    return _batch_mean(losses, batch), new_states
 
   return loss_fn
 
@@ -196,7 +202,8 @@ def get_discrete_loss_fn(
     x_i, target, weight = sde.perturb_discrete(data, z, labels)
     model_fn = mutils.get_model_fn(model, params, states, train)
     output, new_states = model_fn(x_i, labels, rng=dropout_rng)
-    return jnp.mean(_reduce((output - target) ** 2, reduce_mean) * weight), new_states
+    losses = _reduce((output - target) ** 2, reduce_mean) * weight
+    return _batch_mean(losses, batch), new_states
 
   return loss_fn
 

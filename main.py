@@ -22,11 +22,12 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   None,
-  ['train', 'sample', 'eval', 'train_classifier', 'import', 'export'],
+  ['train', 'sample', 'eval', 'stats', 'train_classifier', 'import', 'export'],
   'train: train, or go on training where the run in --workdir stopped. '
   'sample: draw images from the run in --workdir, as config.sampling says; with '
   'config.sampling.task=inpaint, colorize, superres or class under a condition. '
   'eval: evaluate the checkpoints of the run in --workdir. '
+  'stats: make the statistics of the data that eval compares samples with; needs no --workdir. '
   'train_classifier: train, or go on training, the noise-conditional classifier. '
   'import: start the run in --workdir from a published checkpoint, --checkpoint. '
   'export: write the EMA weights of the run in --workdir as safetensors.',
@@ -99,6 +100,7 @@ def main(argv: list[str]) -> None:
       'train': lambda: run_lib.train(config, workdir),
       'sample': lambda: run_lib.sample(config, workdir, _CHECKPOINT_NUMBER.value),
       'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
+      'stats': lambda: run_lib.make_stats(config),
       'train_classifier': lambda: classifier_training.train_classifier(config, workdir),
       'import': lambda: conversion.import_checkpoint(config, workdir, checkpoint),
       'export': lambda: conversion.export_checkpoint(
@@ -150,5 +152,10 @@ def _use_huge_pages() -> None:
 if __name__ == '__main__':
   _use_huge_pages()
   _keep_compiled_programs()
-  flags.mark_flags_as_required(['config', 'workdir', 'mode'])
+  flags.mark_flags_as_required(['config', 'mode'])
+  flags.register_multi_flags_validator(
+    ['workdir', 'mode'],
+    lambda given: given['workdir'] is not None or given['mode'] == 'stats',
+    'Flag --workdir must have a value other than None.',
+  )
   app.run(main, flags_parser=parse_flags)

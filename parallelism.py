@@ -46,6 +46,13 @@ def replicate(tree: PyTree) -> PyTree:
   )
 
 
+def split(batch: PyTree) -> PyTree:
+  """Puts a batch that every process holds on the devices, each with its rows."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(np.shape(x), batch_sharding(), lambda i: x[i]), batch
+  )
+
+
 def global_batch(local: PyTree, axis: int = 0) -> PyTree:
   """Joins each process's part of a batch, split along `axis`, into global arrays."""
   sharding = batch_sharding(axis)
@@ -69,3 +76,10 @@ def _gather(x: jax.Array) -> jax.Array:
 def any_process(flag: bool) -> bool:
   """Whether `flag` holds in any process; all of them must ask."""
   return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def from_first_process(value: int) -> int:
+  """The value that the first process has; all of them must ask."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.broadcast_one_to_all(np.asarray(value)))

@@ -18,6 +18,7 @@ from absl import logging
 from PIL import Image
 
 import parallelism
+from errors import UserError
 
 
 def write_atomic(path: pathlib.Path, data: bytes) -> None:
@@ -34,6 +35,18 @@ def write_atomic(path: pathlib.Path, data: bytes) -> None:
   except BaseException:
     os.unlink(temporary)
     raise
+
+
+def check_writable(path: pathlib.Path, setting: str) -> None:
+  """Raises `UserError`, naming the `setting`, if no file can be written to the directory `path`."""
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+      pass
+  except OSError as error:
+    raise UserError(
+      f'{setting}: nothing can be written to {path} ({error.strerror}): choose another folder.'
+    ) from error
 
 
 def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:

@@ -20,6 +20,8 @@ import checkpoints
 import configuration
 import controllable_generation
 import datasets
+import evaluation
+import evaluation_run
 import losses
 import parallelism
 import reporting
@@ -29,9 +31,6 @@ from checkpoints import CheckpointDirectory
 from errors import UserError
 from losses import State
 from sde_lib import SDE
-
-# Streams of random numbers, each a fold of the seed.
-_INIT, _TRAIN, _EVAL, _SAMPLE, _SAMPLE_MODE = range(5)
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -193,15 +192,10 @@ def _is_snapshot(step: int, last: int, frequency: int) -> bool:
   return step > 0 and (step % frequency == 0 or step == last)
 
 
-def _stream(config: Any, stream: int) -> jax.Array:
-  """The root key of one kind of random numbers."""
-  return jax.random.fold_in(jax.random.PRNGKey(config.seed), stream)
-
-
 def _initial_state(config: Any, directories: list[CheckpointDirectory]) -> tuple[nn.Module, State]:
   """The network, and the newest saved state or that of step 0, on all devices."""
   model, like = losses.abstract_state(config)
-  init = lambda: losses.init_state(_stream(config, _INIT), config)[1]
+  init = lambda: losses.init_state(configuration.stream(config, 'init'), config)[1]
   return model, restore_or_init(directories, like, init)
 
 
@@ -251,7 +245,7 @@ def compile_train_step(
     fused: see `compile_steps`.
   """
   step_fn = losses.build_step_fn(config, sde, model, train=True)
-  root = _stream(config, _TRAIN)
+  root = configuration.stream(config, 'train')
 
   def one_step(state: State, images: jax.Array) -> tuple[State, jax.Array]:
     data_rng, step_rng = jax.random.split(jax.random.fold_in(root, state.step))
@@ -309,7 +303,7 @@ def compile_eval_step(
 ) -> Callable[[State, jax.Array], jax.Array]:
   """The function `(state, global uint8 batch) -> loss` of the EMA parameters."""
   step_fn = losses.build_step_fn(config, sde, model, train=False)
-  root = _stream(config, _EVAL)
+  root = configuration.stream(config, 'eval')
 
   @jax.jit
   def compiled(state: State, images: jax.Array) -> jax.Array:
@@ -350,7 +344,7 @@ class SampleDrawer:
     shape = (config.training.batch_size, data.image_size, data.image_size, data.num_channels)
     inverse_scaler = datasets.get_data_inverse_scaler(config)
     self._sampling_fn = sampling.get_sampling_fn(config, sde, model, shape, inverse_scaler)
-    self._root = _stream(config, _SAMPLE)
+    self._root = configuration.stream(config, 'sample')
     self._workdir = workdir
     self._enabled = config.training.snapshot_sampling
     self._stop_requested = stop_requested
@@ -469,7 +463,7 @@ class RoundDrawer:
     self.inverse_scaler = datasets.get_data_inverse_scaler(config)
     self._scaler = datasets.get_data_scaler(config)
     self._settings, self._seed = settings, config.seed
-    self._root = _stream(config, _SAMPLE_MODE)
+    self._root = configuration.stream(config, 'sample_mode')
     self._task = controllable_generation.get_task(config, sde, self.inverse_scaler)
     zeros = jax.numpy.zeros((2, *self.shape[1:])), jax.numpy.zeros(2, int)
     sampling.check(config, sde, self._task.condition(*zeros))
@@ -559,66 +553,26 @@ class Preemption:
 def evaluate(config: ml_collections.ConfigDict, workdir: str, eval_folder: str = 'eval') -> None:
   """Evaluates the checkpoints `eval.begin_ckpt` to `eval.end_ckpt` with their EMA parameters.
 
-  With `eval.enable_loss`, writes the loss over the test split, every example once, to
-  `ckpt_<N>_loss.npz`; with `eval.enable_sampling`, writes `eval.num_samples` images to
-  `ckpt_<N>_samples.npz` and a grid of them.
+  Leaves in `workdir/eval_folder`: `report.json` and `report.csv`, and what they are made from, as
+  `evaluation_run` describes. The same command continues an evaluation that was killed, to the same
+  numbers.
 
   Raises:
-    UserError: a wrong configuration, or a checkpoint that does not exist.
+    UserError: a wrong configuration, what cannot be read or written, or a checkpoint that does not
+      exist.
   """
   reporting.log_to_console()
   config = configuration.prepare(config)
-  if config.eval.enable_bpd:
-    raise UserError('eval.enable_bpd=True is not available yet: set eval.enable_bpd=False.')
-  workdir = pathlib.Path(workdir)
-  output = workdir / eval_folder
-  with CheckpointDirectory(workdir / 'checkpoints') as snapshots:
-    wanted = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
-    missing = [number for number in wanted if number not in snapshots.numbers()]
-    if missing or not wanted:
-      raise UserError(
-        f'{workdir}/checkpoints has no checkpoints {missing or "in an empty range"}: it has '
-        f'{snapshots.numbers()}; set eval.begin_ckpt and eval.end_ckpt.'
-      )
-    reporting.log_to_file(output / 'stdout.txt')
-    configuration.log_start(config)
-    sde = sde_lib.get_sde(config)
-    model, like = losses.abstract_state(config)
-    for number in wanted:
-      state = snapshots.restore(number, like)
-      if config.eval.enable_loss:
-        loss = _test_loss(config, sde, model, state)
-        reporting.write_npz(output / f'ckpt_{number}_loss.npz', mean_loss=loss)
-        logging.info('checkpoint: %d, step: %d, loss: %.6e', number, int(state.step), loss)
-      if config.eval.enable_sampling:
-        samples = _draw_samples(config, sde, model, state)
-        reporting.write_npz(output / f'ckpt_{number}_samples.npz', samples=samples)
-        logging.info('checkpoint: %d, %d samples', number, len(samples))
+  evaluation_run.evaluate(config, pathlib.Path(workdir), eval_folder)
 
 
-def _test_loss(config: Any, sde: SDE, model: nn.Module, state: State) -> np.float64:
-  """The mean loss over the test split, each example once."""
-  _, dataset, _ = datasets.get_dataset(config, config.data.uniform_dequantization, evaluation=True)
-  eval_step = compile_eval_step(config, sde, model, dataset.preprocess)
-  total, count = np.float64(0), len(dataset.source)
-  for start in tqdm.trange(0, count, dataset.batch_size, unit='batch', disable=None):
-    stop = min(start + dataset.batch_size, count)
-    images = np.stack([dataset.source[i]['image'] for i in range(start, stop)])
-    # Whole in every process: the last batch may be one that devices cannot share equally.
-    total += np.float64(eval_step(state, parallelism.replicate(images))) * len(images)
-  return total / count
+def make_stats(config: ml_collections.ConfigDict) -> None:
+  """Makes the statistics of a data set that samples are compared with, and measures `sigma_max`.
 
-
-def _draw_samples(config: Any, sde: SDE, model: nn.Module, state: State) -> np.ndarray:
-  """`eval.num_samples` uint8 images."""
-  data, size = config.data, config.eval.batch_size
-  shape = (size, data.image_size, data.image_size, data.num_channels)
-  inverse_scaler = datasets.get_data_inverse_scaler(config)
-  sampling_fn = sampling.get_sampling_fn(config, sde, model, shape, inverse_scaler)
-  root = jax.random.fold_in(_stream(config, _SAMPLE), state.step)
-  rounds = -(-config.eval.num_samples // size)
-  images = [
-    reporting.to_uint8(parallelism.to_host(sampling_fn(jax.random.fold_in(root, i), state)[0]))
-    for i in tqdm.trange(rounds, unit='round', disable=None)
-  ]
-  return np.concatenate(images)[: config.eval.num_samples]
+  Raises:
+    UserError: as `evaluation.write_stats`.
+  """
+  reporting.log_to_console()
+  config = configuration.prepare(config)
+  configuration.log_start(config)
+  evaluation.write_stats(config)

@@ -64,6 +64,13 @@ def get_default_configs() -> ml_collections.ConfigDict:
   evaluate.enable_loss = True
   evaluate.enable_bpd = False
   evaluate.bpd_dataset = 'test'
+  evaluate.bpd_repeats = 0  # passes, each with other noise; 0: 5 of 'test', 1 of 'train'
+  evaluate.wait_seconds = 0  # how long to wait for a checkpoint that training has yet to save
+  evaluate.extractor = 'inception'  # or 'inception_ttur', 'mnist5k'; 'none': draw samples only
+  evaluate.inception_path = ''  # weights; else SCORE_SDE_INCEPTION, else assets/
+  evaluate.stats_path = ''  # statistics of the data; else a file of assets/stats/
+  evaluate.stats_split = 'train'
+  evaluate.stats_features = True  # keep the features, for KID, precision and recall
 
   config.data = data = ml_collections.ConfigDict()
   data.dataset = 'CIFAR10'

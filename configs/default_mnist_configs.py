@@ -18,6 +18,8 @@ def get_default_configs() -> ml_collections.ConfigDict:
   data.num_channels = 1
   data.random_flip = False  # a mirrored digit is no digit
 
+  config.eval.extractor = 'mnist5k'
+
   classifier = config.classifier
   classifier.checkpoint = str(ASSETS / 'mnist5k_classifier.safetensors')
   classifier.blocks_per_group = 2

@@ -203,3 +203,4 @@ def laptop(config: ml_collections.ConfigDict) -> None:
   config.eval.begin_ckpt = 1
   config.eval.end_ckpt = 2
   config.eval.batch_size = 100
+  config.eval.bpd_repeats = 1

@@ -277,29 +277,3 @@ def test_mistakes_on_the_command_line_are_one_sentence_without_traceback(uninter
     assert message in output
     assert 'Traceback' not in output, output
   assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize('devices', [1, pytest.param(8, marks=pytest.mark.slow)])
-def test_evaluation_counts_every_test_image_once(devices, uninterrupted, tmp_path):
-  """500 images in batches of 64: the last has 52, which 8 devices cannot share equally."""
-  workdir = tmp_path / 'run'
-  shutil.copytree(uninterrupted, workdir)
-  overrides = ('enable_sampling=True', 'num_samples=70', 'begin_ckpt=4')
-  run(workdir, *(f'--config.eval.{x}' for x in overrides), mode='eval', devices=devices)
-  samples = np.load(workdir / 'eval' / 'ckpt_4_samples.npz')['samples']
-  assert samples.shape == (70, 28, 28, 1)
-
-  # The same loss, from the random numbers that belong to each example's place in the split.
-  config = run_lib.configuration.prepare(tiny_config.get_config())
-  sde = run_lib.sde_lib.get_sde(config)
-  model, like = losses.abstract_state(config)
-  with CheckpointDirectory(workdir / 'checkpoints') as directory:
-    state = directory.restore(4, like)
-  _, dataset, _ = run_lib.datasets.get_dataset(config, evaluation=True)
-  images = dataset.source.images
-  assert len(images) == 500
-  eval_step = run_lib.compile_eval_step(config, sde, model, dataset.preprocess)
-  parts = np.split(images, range(64, 500, 64))
-  expected = sum(float(eval_step(state, part)) * len(part) for part in parts) / 500
-  mean_loss = np.load(workdir / 'eval' / 'ckpt_4_loss.npz')['mean_loss']
-  np.testing.assert_allclose(mean_loss, expected, rtol=1e-5)

@@ -1,0 +1,446 @@
+"""The evaluation of a run's checkpoints, in rounds that survive a kill.
+
+Each round leaves one file, written atomically, and its random numbers are a function of the seed,
+the checkpoint's step and the round's number. So the files that exist are the state: a killed
+evaluation goes on with the first file that is missing, on any number of processes, and ends in the
+same numbers. `meta.json` remembers the settings and the checkpoints that the files belong to.
+
+  ckpt_<N>_loss.npz               mean_loss, and all_losses of the batches
+  <split>_ckpt_<N>_bpd_<R>.npz    bpd of the images of round R
+  ckpt_<N>_host_0/samples_<R>.npz     samples, uint8
+  ckpt_<N>_host_0/statistics_<R>.npz  pool_3 and logits of them
+  report_<N>.npz                  what was made of all statistics of checkpoint N
+  report.json, report.csv         all numbers of all checkpoints
+
+The first process writes; the others share the computing.
+"""
+
+import abc
+import csv
+import io
+import json
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import tqdm
+from absl import logging
+
+import configuration
+import datasets
+import evaluation
+import likelihood
+import losses
+import metrics
+import parallelism
+import reporting
+import sampling
+import sde_lib
+from checkpoints import CheckpointDirectory
+from errors import UserError
+from losses import State
+from sde_lib import SDE
+
+# Settings that all numbers depend on, by the beginning of their names.
+_COMMON = ('seed', 'data.', 'model.', 'training.sde', 'training.continuous', 'eval.batch_size')
+
+
+def evaluate(config: Any, workdir: pathlib.Path, eval_folder: str) -> None:
+  """See `run_lib.evaluate`."""
+  folder = workdir / eval_folder
+  wanted = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
+  _check_range(config, workdir, wanted)
+  reporting.check_writable(folder, f'--eval_folder={eval_folder}')
+  sde = sde_lib.get_sde(config)
+  model, like = losses.abstract_state(config)
+  tasks = [
+    make(config, folder, sde, model)
+    for name, make in _TASKS.items()
+    if config.eval[f'enable_{name}']
+  ]
+  report = Report(folder, {task.name: task.settings() for task in tasks})
+  with CheckpointDirectory(workdir / 'checkpoints') as snapshots:
+    _check_first(config, snapshots, wanted)
+    reporting.log_to_file(folder / 'stdout.txt')
+    configuration.log_start(config)
+    for number in wanted:
+      _wait_for(config, snapshots, number)
+      step = snapshots.step(number)
+      report.open(number, step, snapshots.identity(number))
+      due = [task for task in tasks if not parallelism.from_first_process(task.is_done(number))]
+      state = snapshots.restore(number, like) if due else None
+      for task in due:
+        start = time.monotonic()
+        task.run(number, state)
+        seconds = time.monotonic() - start
+        logging.info('checkpoint: %d, step: %d, %s: %.1f s', number, step, task.name, seconds)
+      report.close(number, tasks)
+
+
+def _check_range(config: Any, workdir: pathlib.Path, wanted: range) -> None:
+  """Refuses checkpoints that will never be there."""
+  training = config.training
+  last = -(-training.n_iters // training.snapshot_freq)
+  if not wanted:
+    raise UserError(
+      f'eval.begin_ckpt={wanted.start} is behind eval.end_ckpt={wanted.stop - 1}: there is nothing '
+      f'to evaluate.'
+    )
+  if not (workdir / 'checkpoints').is_dir():
+    raise UserError(f'{workdir}/checkpoints does not exist: --workdir must be that of a run.')
+  if config.eval.wait_seconds and wanted[-1] > last:
+    raise UserError(
+      f'eval.end_ckpt={wanted[-1]} will never be there: training.n_iters={training.n_iters} ends '
+      f'at checkpoint {last}; set eval.end_ckpt={last} or less.'
+    )
+
+
+def _check_first(config: Any, snapshots: CheckpointDirectory, wanted: range) -> None:
+  """Without waiting, all must be there before anything is computed."""
+  missing = [number for number in wanted if number not in snapshots.numbers()]
+  if missing and not config.eval.wait_seconds:
+    raise UserError(
+      f'{snapshots.directory} has no checkpoints {missing}: it has {snapshots.numbers()}; set '
+      f'eval.begin_ckpt and eval.end_ckpt, or eval.wait_seconds if training has yet to save them.'
+    )
+
+
+def _wait_for(config: Any, snapshots: CheckpointDirectory, number: int) -> None:
+  seconds = config.eval.wait_seconds
+  if number not in snapshots.numbers():
+    logging.info('Waiting up to %d s for checkpoint %d.', seconds, number)
+  if not snapshots.wait_for(number, seconds):
+    raise UserError(
+      f'{snapshots.directory} has no checkpoint {number} after eval.wait_seconds={seconds}: it has '
+      f'{snapshots.numbers()}; is training still running? The same command continues.'
+    )
+
+
+class Task(abc.ABC):
+  """One kind of numbers about a checkpoint.
+
+  The constructor refuses what cannot be computed, before anything is.
+
+  Args:
+    config: the complete configuration.
+    folder: where the files go.
+    sde: the forward SDE.
+    model: the network.
+  """
+
+  name: str
+  depends_on: tuple[str, ...] = ()
+
+  def __init__(self, config: Any, folder: pathlib.Path, sde: SDE, model: nn.Module):
+    self.config = config
+    self.folder = folder
+    self.sde = sde
+    self.model = model
+
+  def settings(self) -> dict[str, Any]:
+    """What the numbers depend on."""
+    flat = configuration.flatten(self.config)
+    return {key: flat[key] for key in sorted(flat) if key.startswith(_COMMON + self.depends_on)}
+
+  @abc.abstractmethod
+  def is_done(self, number: int) -> bool:
+    """Whether all files of checkpoint `number` are there."""
+
+  @abc.abstractmethod
+  def run(self, number: int, state: State) -> None:
+    """Computes the files that are missing; all processes take part."""
+
+  @abc.abstractmethod
+  def numbers(self, number: int) -> dict[str, Any]:
+    """What the report says, from the files."""
+
+  def write(self, path: pathlib.Path, **arrays: np.ndarray) -> None:
+    if jax.process_index() == 0:
+      reporting.write_npz(path, **arrays)
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+  with np.load(path, allow_pickle=False) as file:
+    return dict(file)
+
+
+def _check_finite(values: np.ndarray, what: str, state: State) -> None:
+  """Raises `FloatingPointError` for what would else spoil a mean or turn into grey levels."""
+  if not np.isfinite(values).all():
+    raise FloatingPointError(
+      f'{what} of the checkpoint of step {int(state.step)} are not finite: has its training '
+      f'diverged? Evaluate an earlier one, or use a solver with more steps.'
+    )
+
+
+def _first_missing(paths: list[pathlib.Path]) -> int:
+  """The index of the first file that the first process does not see, or the number of files."""
+  missing = (i for i, path in enumerate(paths) if not path.exists())
+  return parallelism.from_first_process(next(missing, len(paths)))
+
+
+class Loss(Task):
+  """The training objective over the test split, each example once."""
+
+  name = 'loss'
+  depends_on = ('training.reduce_mean', 'training.likelihood_weighting')
+
+  def __init__(self, config, folder, sde, model):
+    super().__init__(config, folder, sde, model)
+    dequantization = config.data.uniform_dequantization
+    _, self._dataset, _ = datasets.get_dataset(config, dequantization, evaluation=True)
+    step_fn = losses.build_step_fn(config, sde, model, train=False)
+    preprocess = self._dataset.preprocess
+
+    @jax.jit
+    def batch_loss(rng, state, batch):
+      data_rng, step_rng = jax.random.split(rng)
+      images = preprocess(data_rng, batch['image'])
+      return step_fn((step_rng, state), {'image': images, 'weight': batch['weight']})[1]
+
+    self._batch_loss = batch_loss
+
+  def _path(self, number: int) -> pathlib.Path:
+    return self.folder / f'ckpt_{number}_loss.npz'
+
+  def is_done(self, number: int) -> bool:
+    return self._path(number).exists()
+
+  def run(self, number: int, state: State) -> None:
+    root = jax.random.fold_in(configuration.stream(self.config, 'eval'), state.step)
+    dataset, values, counts = self._dataset, [], []
+    batches = tqdm.tqdm(dataset.once(), 'loss', len(dataset), unit='batch', disable=None)
+    for i, batch in enumerate(batches):
+      batch = parallelism.global_batch({key: batch[key] for key in ('image', 'weight')})
+      values.append(float(self._batch_loss(jax.random.fold_in(root, i), state, batch)))
+      counts.append(dataset.count(i))
+    _check_finite(np.asarray(values), 'losses', state)
+    mean = np.average(np.float64(values), weights=counts)
+    self.write(self._path(number), all_losses=np.float64(values), mean_loss=mean)
+
+  def numbers(self, number: int) -> dict[str, Any]:
+    return {'loss': float(_read(self._path(number))['mean_loss'])}
+
+
+class BitsPerDim(Task):
+  """Bits/dim of `eval.bpd_dataset`, each image `eval.bpd_repeats` times with other noise."""
+
+  name = 'bpd'
+  depends_on = ('likelihood.', 'eval.bpd')
+
+  def __init__(self, config, folder, sde, model):
+    super().__init__(config, folder, sde, model)
+    self._split = config.eval.bpd_dataset
+    splits = dict(
+      zip(('train', 'test'), datasets.get_dataset(config, evaluation=True), strict=False)
+    )
+    if self._split not in splits:
+      raise UserError(f"eval.bpd_dataset={self._split!r} must be 'train' or 'test'.")
+    self._dataset = splits[self._split]
+    self._repeats = config.eval.bpd_repeats or {'train': 1, 'test': 5}[self._split]
+    inverse_scaler = datasets.get_data_inverse_scaler(config)
+    self._likelihood_fn = likelihood.from_config(config, sde, model, inverse_scaler)
+
+  def _files(self, number: int) -> list[pathlib.Path]:
+    rounds = self._repeats * len(self._dataset)
+    return [self.folder / f'{self._split}_ckpt_{number}_bpd_{r}.npz' for r in range(rounds)]
+
+  def is_done(self, number: int) -> bool:
+    return all(path.exists() for path in self._files(number))
+
+  def run(self, number: int, state: State) -> None:
+    root = jax.random.fold_in(configuration.stream(self.config, 'bpd'), state.step)
+    files, batches = self._files(number), len(self._dataset)
+    first = _first_missing(files)
+    progress = tqdm.tqdm(
+      self._images(first), 'bits/dim', len(files), initial=first, unit='round', disable=None
+    )
+    for r, images in enumerate(progress, first):
+      rng = jax.random.fold_in(root, r)
+      bpd, _, nfe = self._likelihood_fn(rng, state, parallelism.global_batch(images))
+      bpd = parallelism.to_host(bpd)[: self._dataset.count(r % batches)]
+      _check_finite(bpd, 'bits/dim', state)
+      self.write(files[r], bpd=bpd, nfe=nfe)
+
+  def _images(self, first: int) -> Iterator[np.ndarray]:
+    """This process's images of rounds `first`, `first` + 1, ...: the split again and again."""
+    repeat, start = divmod(first, len(self._dataset))
+    for _ in range(repeat, self._repeats):
+      yield from (batch['image'] for batch in self._dataset.once(start))
+      start = 0
+
+  def numbers(self, number: int) -> dict[str, Any]:
+    bpd = np.concatenate([_read(path)['bpd'] for path in self._files(number)])
+    return {f'bpd_{self._split}': float(np.mean(bpd, dtype=np.float64))}
+
+
+class Samples(Task):
+  """`eval.num_samples` samples, their features and what these say."""
+
+  name = 'sampling'
+  depends_on = ('sampling.', 'eval.num_samples', 'eval.extractor')
+
+  def __init__(self, config, folder, sde, model):
+    super().__init__(config, folder, sde, model)
+    data, self._size = config.data, config.eval.batch_size
+    self._count = config.eval.num_samples
+    metrics.check_count(self._count)
+    datasets.check_batch_size(self._size, 'eval.batch_size')
+    if config.eval.extractor == 'none':
+      self._extractor, self._stats = None, None
+    else:
+      self._extractor = evaluation.get_extractor(config)
+      self._stats = evaluation.load_dataset_stats(config, self._extractor)
+    shape = (self._size, data.image_size, data.image_size, data.num_channels)
+    inverse_scaler = datasets.get_data_inverse_scaler(config)
+    self._sampling_fn = sampling.get_sampling_fn(config, sde, model, shape, inverse_scaler)
+
+  def settings(self) -> dict[str, Any]:
+    if self._stats is None:
+      return super().settings()
+    return super().settings() | {'eval.stats_path': self._stats.checksum()}
+
+  def _files(self, number: int, kind: str) -> list[pathlib.Path]:
+    rounds = -(-self._count // self._size)
+    return [self.folder / f'ckpt_{number}_host_0' / f'{kind}_{r}.npz' for r in range(rounds)]
+
+  def _report(self, number: int) -> pathlib.Path:
+    return self.folder / f'report_{number}.npz'
+
+  def is_done(self, number: int) -> bool:
+    if self._extractor is not None:
+      return self._report(number).exists()
+    return all(path.exists() for path in self._files(number, 'samples'))
+
+  def run(self, number: int, state: State) -> None:
+    root = jax.random.fold_in(configuration.stream(self.config, 'sample'), state.step)
+    drawn, described = self._files(number, 'samples'), self._files(number, 'statistics')
+    first_drawn = _first_missing(drawn)
+    first = first_drawn if self._extractor is None else _first_missing(described)
+    rounds = range(first, len(drawn))
+    progress = tqdm.tqdm(rounds, 'samples', len(drawn), initial=first, unit='round', disable=None)
+    for r in progress:
+      if r < first_drawn:  # killed between the two files
+        samples = _read(drawn[r])['samples']
+      else:
+        samples = self._draw(jax.random.fold_in(root, r), state)[: self._count - r * self._size]
+        self.write(drawn[r], samples=samples)
+      if self._extractor is not None:
+        self.write(described[r], **self._extractor(samples))
+    if self._extractor is not None and jax.process_index() == 0:
+      self._compare(number, described)
+
+  def _draw(self, rng: jax.Array, state: State) -> np.ndarray:
+    samples = parallelism.to_host(self._sampling_fn(rng, state)[0])
+    _check_finite(samples, 'samples', state)
+    return reporting.to_uint8(samples)
+
+  def _compare(self, number: int, described: list[pathlib.Path]) -> None:
+    parts = [_read(path) for path in described]
+    pool_3, logits = (np.concatenate([part[key] for part in parts]) for key in ('pool_3', 'logits'))
+    del parts
+    name = self._extractor.name
+    numbers, warnings = evaluation.sample_metrics(name, self._stats, pool_3, logits)
+    self.write(self._report(number), **numbers, warnings=np.asarray(warnings, np.str_))
+
+  def numbers(self, number: int) -> dict[str, Any]:
+    if self._extractor is None:
+      return {}
+    content = _read(self._report(number))
+    warnings = content.pop('warnings').tolist()
+    for warning in warnings:
+      logging.warning('%s', warning)
+    numbers = {key: value.item() for key, value in content.items()}
+    of = {'reference': self._stats.name, 'floor': self._stats.floor, 'warnings': warnings}
+    return numbers | {key: value for key, value in of.items() if value}
+
+
+_TASKS: dict[str, type[Task]] = {'loss': Loss, 'bpd': BitsPerDim, 'sampling': Samples}
+
+
+class Report:
+  """`meta.json`, `report.json` and `report.csv`; the first process writes them.
+
+  Args:
+    folder: where they are.
+    settings: of each task.
+
+  Raises:
+    UserError: if the folder has results of other settings.
+  """
+
+  def __init__(self, folder: pathlib.Path, settings: dict[str, dict[str, Any]]):
+    self._folder = folder
+    self._meta = self._load('meta.json', {'settings': {}, 'checkpoints': {}})
+    self._entries = self._load('report.json', {})
+    old = self._meta['settings']
+    new = json.loads(json.dumps(settings))
+    differing = [
+      f'{key} (was {old[task].get(key)!r}, is {new[task].get(key)!r})'
+      for task in new
+      for key in sorted(new[task].keys() | old.get(task, {}).keys())
+      if task in old and old[task].get(key) != new[task].get(key)
+    ]
+    if differing:
+      raise UserError(
+        f'{folder} holds an evaluation with other settings: {", ".join(dict.fromkeys(differing))}; '
+        f'use those values or another --eval_folder.'
+      )
+    self._meta['settings'] = old | new
+    # Nobody may read the old file after the first process has written the new one.
+    parallelism.from_first_process(0)
+
+  def _load(self, name: str, default: Any) -> Any:
+    path = self._folder / name
+    return json.loads(path.read_text()) if path.exists() else default
+
+  def _save(self, name: str, content: Any) -> None:
+    if jax.process_index() == 0:
+      reporting.write_atomic(self._folder / name, json.dumps(content, indent=2).encode())
+
+  def open(self, number: int, step: int, identity: str) -> None:
+    """Claims the files of checkpoint `number`.
+
+    Raises:
+      UserError: if they were made from another checkpoint of that number.
+    """
+    claim = {'step': step, 'identity': identity}
+    claimed = self._meta['checkpoints'].setdefault(str(number), claim)
+    if claimed != claim:
+      raise UserError(
+        f'{self._folder} has results of another checkpoint {number}, of step {claimed["step"]} '
+        f'(this one is of {step}): remove them or use another --eval_folder.'
+      )
+    self._save('meta.json', self._meta)
+
+  def close(self, number: int, tasks: list[Task]) -> None:
+    """Writes the reports with the numbers of checkpoint `number`."""
+    if jax.process_index() != 0:
+      return
+    entry = self._entries.setdefault(str(number), {})
+    entry['step'] = self._meta['checkpoints'][str(number)]['step']
+    for task in tasks:
+      entry |= task.numbers(number)
+    scalars = {key: value for key, value in entry.items() if isinstance(value, (int, float))}
+    logging.info(
+      'checkpoint: %d, %s', number, ', '.join(f'{k}: {v:.6g}' for k, v in scalars.items())
+    )
+    self._save('report.json', self._entries)
+    reporting.write_atomic(self._folder / 'report.csv', self._table().encode())
+
+  def _table(self) -> str:
+    """One line for each checkpoint, one column for each number."""
+    rows = [
+      {'checkpoint': number, **{k: v for k, v in entry.items() if not isinstance(v, (dict, list))}}
+      for number, entry in sorted(self._entries.items(), key=lambda item: int(item[0]))
+    ]
+    text = io.StringIO()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, columns, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,343 @@
+"""Whole evaluations through the command line: kills, processes, refusals."""
+
+import json
+import random
+import shutil
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import configuration
+import datasets
+import evaluation
+import evaluation_run
+import likelihood
+import losses
+import run_lib
+import sampling
+import sde_lib
+from checkpoints import CheckpointDirectory
+from tests import tiny_config
+from tests.test_train import finish, run, start, wait_for
+
+BOTH = ('--config.eval.begin_ckpt=3', '--config.eval.end_ckpt=4')
+ALL = (
+  '--config.eval.enable_bpd=True',
+  '--config.eval.bpd_repeats=2',
+  '--config.eval.enable_sampling=True',
+  '--config.eval.num_samples=150',  # two batches of 64 and a part of a third
+  *BOTH,
+)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """Four checkpoints, and the statistics of the test split, which are quick to make."""
+  workdir = tmp_path_factory.mktemp('trained')
+  run(workdir, '--config.training.snapshot_sampling=False')
+  config = configuration.prepare(tiny_config.get_config())
+  config.eval.stats_path = str(workdir / 'stats.npz')
+  config.eval.stats_split = 'test'
+  evaluation.write_stats(config)
+  return workdir
+
+
+@pytest.fixture
+def workdir(trained, tmp_path):
+  """A copy of the run that a test may change."""
+  shutil.copytree(trained, tmp_path / 'run')
+  return tmp_path / 'run'
+
+
+def stats(trained):
+  return f'--config.eval.stats_path={trained}/stats.npz', '--config.eval.stats_split=test'
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(trained, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('uninterrupted') / 'run'
+  shutil.copytree(trained, workdir)
+  run(workdir, *ALL, *stats(trained), mode='eval')
+  return workdir / 'eval'
+
+
+def report(folder):
+  return json.loads((folder / 'report.json').read_text())
+
+
+def arrays(folder):
+  """Every array of every file."""
+  return {
+    (str(path.relative_to(folder)), key): array
+    for path in sorted(folder.rglob('*.npz'))
+    for key, array in np.load(path).items()
+  }
+
+
+def assert_same_evaluation(folder, reference):
+  """The report, and every sample, feature and loss behind it, bit for bit."""
+  assert report(folder) == report(reference)
+  assert (folder / 'report.csv').read_text() == (reference / 'report.csv').read_text()
+  ours, theirs = arrays(folder), arrays(reference)
+  assert ours.keys() == theirs.keys()
+  for name in ours:
+    np.testing.assert_array_equal(ours[name], theirs[name], err_msg=str(name))
+
+
+def test_evaluation_leaves_the_documented_files(uninterrupted):
+  names = {str(path.relative_to(uninterrupted)) for path in uninterrupted.rglob('*.*')}
+  expected = {'report.json', 'report.csv', 'meta.json', 'stdout.txt'}
+  for n in (3, 4):
+    expected |= {f'ckpt_{n}_loss.npz', f'report_{n}.npz'}
+    expected |= {f'test_ckpt_{n}_bpd_{r}.npz' for r in range(16)}
+    for r in range(3):
+      expected |= {f'ckpt_{n}_host_0/{kind}_{r}.npz' for kind in ('samples', 'statistics')}
+  assert names == expected
+  samples = [np.load(uninterrupted / f'ckpt_4_host_0/samples_{r}.npz')['samples'] for r in range(3)]
+  assert [len(part) for part in samples] == [64, 64, 22]
+  entry = report(uninterrupted)['4']
+  assert entry['step'] == 40
+  assert entry['reference'] == 'MNIST5K/test/500'
+  assert np.isfinite([entry['loss'], entry['fid_tiny_150'], entry['kid_tiny_150']]).all()
+  header, *rows = (uninterrupted / 'report.csv').read_text().splitlines()
+  assert header.startswith('checkpoint,step,loss,bpd_test,fid_tiny_150')
+  assert [row.split(',')[:2] for row in rows] == [['3', '30'], ['4', '40']]
+
+
+def restored(workdir, number):
+  """The configuration, SDE, network and state of a checkpoint."""
+  config = configuration.prepare(tiny_config.get_config())
+  model, like = losses.abstract_state(config)
+  with CheckpointDirectory(workdir / 'checkpoints') as directory:
+    return config, sde_lib.get_sde(config), model, directory.restore(number, like)
+
+
+def test_the_loss_counts_every_test_image_once(trained, uninterrupted):
+  """500 images in batches of 64, the last of 52; from the random numbers of each one's place."""
+  config, sde, model, state = restored(trained, 4)
+  _, dataset, _ = datasets.get_dataset(config, evaluation=True)
+  step_fn = losses.build_step_fn(config, sde, model, train=False)
+  root = jax.random.fold_in(configuration.stream(config, 'eval'), 40)
+
+  @jax.jit
+  def loss(rng, images):
+    data_rng, step_rng = jax.random.split(rng)
+    return step_fn((step_rng, state), {'image': dataset.preprocess(data_rng, images)})[1]
+
+  total = sum(
+    len(part) * float(loss(jax.random.fold_in(root, i), part))
+    for i, part in enumerate(np.split(dataset.source.images, range(64, 500, 64)))
+  )
+  np.testing.assert_allclose(report(uninterrupted)['4']['loss'], total / 500, rtol=1e-5)
+
+
+def test_bits_per_dim_are_a_mean_over_each_test_image_twice(trained, uninterrupted):
+  bpd = [np.load(uninterrupted / f'test_ckpt_4_bpd_{r}.npz')['bpd'] for r in range(16)]
+  assert [len(part) for part in bpd] == 2 * ([64] * 7 + [52])
+  mean = np.concatenate(bpd).mean(dtype=np.float64)
+  np.testing.assert_allclose(report(uninterrupted)['4']['bpd_test'], mean, rtol=1e-9)
+
+  config, sde, model, state = restored(trained, 4)
+  inverse_scaler = datasets.get_data_inverse_scaler(config)
+  likelihood_fn = likelihood.from_config(config, sde, model, inverse_scaler)
+  root = jax.random.fold_in(configuration.stream(config, 'bpd'), 40)
+  images = datasets.get_source(config, 'test').images
+  expected, _, _ = likelihood_fn(jax.random.fold_in(root, 9), state, images[64:128])
+  np.testing.assert_allclose(bpd[9], expected, rtol=1e-5)
+
+
+def test_samples_are_those_of_the_configured_sampler(trained, uninterrupted):
+  """The numbers of the report belong to the samples beside it."""
+  config = configuration.prepare(tiny_config.get_config())
+  config.eval.stats_path, config.eval.stats_split = str(trained / 'stats.npz'), 'test'
+  extractor = evaluation.get_extractor(config)
+  of_data = evaluation.load_dataset_stats(config, extractor)
+  samples = [np.load(uninterrupted / f'ckpt_4_host_0/samples_{r}.npz')['samples'] for r in range(3)]
+  outputs = extractor(np.concatenate(samples))
+  numbers, _ = evaluation.sample_metrics('tiny', of_data, **outputs)
+  entry = report(uninterrupted)['4']
+  for name, value in numbers.items():
+    np.testing.assert_allclose(entry[name], value, rtol=1e-4, atol=1e-7)
+
+
+def kill_after(workdir, files, *overrides, delay=0.0):
+  """kill -9 as soon as the evaluation has written `files` files."""
+  process = start(workdir, *overrides, mode='eval')
+  folder = workdir / 'eval'
+  wait_for(lambda: len(list(folder.rglob('*.npz'))) >= files, process)
+  time.sleep(delay)
+  process.kill()
+  process.communicate()
+
+
+def test_killed_between_two_files_of_a_round_it_ends_in_the_same_report(
+  trained, uninterrupted, tmp_path
+):
+  """What a kill leaves: samples without their statistics, and a temporary file."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(uninterrupted.parent, workdir)
+  folder = workdir / 'eval'
+  for name in ('report.json', 'report_3.npz', 'report_4.npz', 'ckpt_4_loss.npz'):
+    (folder / name).unlink()
+  for r in range(10, 16):
+    (folder / f'test_ckpt_3_bpd_{r}.npz').unlink()
+  (folder / 'ckpt_4_host_0/statistics_1.npz').unlink()
+  (folder / 'ckpt_4_host_0/statistics_2.npz').unlink()
+  (folder / 'ckpt_4_host_0/samples_2.npz').rename(folder / 'ckpt_4_host_0/.samples_2.npz-abc')
+  run(workdir, *ALL, *stats(trained), mode='eval')
+  (folder / 'ckpt_4_host_0/.samples_2.npz-abc').unlink()
+  assert_same_evaluation(folder, uninterrupted)
+
+
+@pytest.mark.slow
+def test_killed_at_five_random_moments_it_ends_in_the_same_report(trained, uninterrupted, workdir):
+  rng = random.Random(0)
+  written = len(list(uninterrupted.rglob('*.npz')))
+  for files in sorted(rng.sample(range(1, written), 5)):
+    kill_after(workdir, files, *ALL, *stats(trained), delay=rng.uniform(0, 0.05))
+  run(workdir, *ALL, *stats(trained), mode='eval')
+  assert_same_evaluation(workdir / 'eval', uninterrupted)
+
+
+def assert_close_evaluation(folder, reference):
+  ours, theirs = report(folder), report(reference)
+  assert ours.keys() == theirs.keys()
+  for number in ours:
+    assert ours[number].keys() == theirs[number].keys()
+    for key, value in theirs[number].items():
+      if isinstance(value, float):
+        np.testing.assert_allclose(ours[number][key], value, rtol=1e-3, atol=1e-4, err_msg=key)
+      else:
+        assert ours[number][key] == value
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_give_the_report_of_one(trained, uninterrupted, workdir):
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  options = (f'--coordinator=127.0.0.1:{port}', '--num_processes=2')
+  group = [
+    start(workdir, *ALL, *stats(trained), *options, f'--process_id={i}', mode='eval')
+    for i in range(2)
+  ]
+  try:
+    for process in group:
+      finish(process)
+  finally:
+    for process in group:
+      process.kill()
+  assert_close_evaluation(workdir / 'eval', uninterrupted)
+
+
+@pytest.mark.slow
+def test_eight_devices_give_the_report_of_one(trained, uninterrupted, workdir):
+  run(workdir, *ALL, *stats(trained), mode='eval', devices=8)
+  assert_close_evaluation(workdir / 'eval', uninterrupted)
+
+
+def refusal(workdir, monkeypatch, message, folder='eval', **settings):
+  """Asserts that the evaluation is refused, and before anything is drawn."""
+  config = tiny_config.get_config()
+  config.eval.begin_ckpt = config.eval.end_ckpt = 4
+  config.eval.enable_sampling = True
+  config.eval.num_samples = 100
+  config.eval.stats_path, config.eval.stats_split = str(workdir / 'stats.npz'), 'test'
+  for key, value in settings.items():
+    section, name = key.split('__')
+    config[section][name] = value
+  with monkeypatch.context() as patch:
+    patch.setattr(CheckpointDirectory, 'restore', None)
+    with pytest.raises(run_lib.UserError, match=message):
+      run_lib.evaluate(config, workdir, folder)
+  assert not list(workdir.glob('eval/ckpt*'))
+
+
+def test_what_cannot_be_evaluated_is_refused_before_sampling(workdir, monkeypatch, tmp_path):
+  (workdir / 'file').write_text('')
+  for message, settings in (
+    ('does not fit the configuration: split', {'eval__stats_split': 'train'}),
+    ('no statistics of the data at', {'eval__stats_path': str(tmp_path / 'no.npz')}),
+    ('weights of the Inception network are not at', {'eval__extractor': 'inception'}),
+    ("Unknown extractor 'vgg': choose one of", {'eval__extractor': 'vgg'}),
+    ('nothing can be written to', {'folder': 'file/eval'}),
+    ("eval.bpd_dataset='valid' must be", {'eval__enable_bpd': True, 'eval__bpd_dataset': 'valid'}),
+    ('1 samples have no covariance', {'eval__num_samples': 1}),
+    ('eval.begin_ckpt=5 is behind eval.end_ckpt=4', {'eval__begin_ckpt': 5}),
+    (r'no checkpoints \[5, 6\]: it has \[1, 2, 3, 4\]', {'eval__end_ckpt': 6}),
+    (
+      'eval.end_ckpt=6 will never be there: training.n_iters=40 ends at checkpoint 4',
+      {'eval__end_ckpt': 6, 'eval__wait_seconds': 5},
+    ),
+    (
+      'no checkpoint 5 after eval.wait_seconds=1.*is training still running',
+      {
+        'eval__begin_ckpt': 5,
+        'eval__end_ckpt': 5,
+        'eval__wait_seconds': 1,
+        'training__n_iters': 50,
+      },
+    ),
+  ):
+    refusal(workdir, monkeypatch, message, **settings)
+  with pytest.raises(run_lib.UserError, match='--workdir must be that of a run'):
+    run_lib.evaluate(tiny_config.get_config(), tmp_path / 'nothing')
+
+
+def test_results_of_other_settings_or_checkpoints_are_not_mixed(uninterrupted, monkeypatch):
+  workdir = uninterrupted.parent
+  config = tiny_config.get_config()
+  config.eval.begin_ckpt = config.eval.end_ckpt = 4
+  config.eval.batch_size = 32
+  with pytest.raises(run_lib.UserError, match=r'eval.batch_size \(was 64, is 32\).*--eval_folder'):
+    run_lib.evaluate(config, workdir)
+  config.eval.batch_size = 64
+  with monkeypatch.context() as patch:
+    patch.setattr(CheckpointDirectory, 'identity', lambda self, number: 'another')
+    with pytest.raises(run_lib.UserError, match='another checkpoint 4, of step 40'):
+      run_lib.evaluate(config, workdir)
+
+
+def test_samples_that_are_not_finite_stop_it_before_they_are_written(workdir, monkeypatch):
+  def broken(config, sde, model, shape, inverse_scaler):
+    return lambda rng, state: (jax.numpy.full(shape, np.nan), 1)
+
+  config = tiny_config.get_config()
+  config.eval.begin_ckpt = config.eval.end_ckpt = 4
+  config.eval.enable_sampling, config.eval.enable_loss = True, False
+  config.eval.extractor = 'none'
+  config = configuration.prepare(config)
+  monkeypatch.setattr(sampling, 'get_sampling_fn', broken)
+  with pytest.raises(FloatingPointError, match='samples of the checkpoint of step 40'):
+    evaluation_run.evaluate(config, workdir, 'eval')
+  assert not list(workdir.glob('eval/ckpt*'))
+
+
+def test_it_waits_for_a_checkpoint_that_is_still_to_come(workdir):
+  saved = workdir / 'checkpoints' / 'checkpoint_4'
+  saved.rename(workdir / 'later')
+  overrides = ('--config.eval.wait_seconds=60', *BOTH)
+  process = start(workdir, *overrides, mode='eval')
+  log = workdir / 'eval' / 'stdout.txt'
+  wait_for(lambda: log.exists() and 'for checkpoint 4' in log.read_text(), process)
+  (workdir / 'later').rename(saved)
+  finish(process)
+  assert set(report(workdir / 'eval')) == {'3', '4'}
+
+
+def test_without_an_extractor_samples_are_only_drawn(workdir):
+  run(
+    workdir,
+    '--config.eval.extractor=none',
+    '--config.eval.enable_sampling=True',
+    '--config.eval.enable_loss=False',
+    '--config.eval.num_samples=70',
+    '--config.eval.begin_ckpt=4',
+    mode='eval',
+  )
+  assert not list((workdir / 'eval').glob('report_*'))
+  samples = [np.load(path)['samples'] for path in workdir.glob('eval/ckpt_4_host_0/samples_*')]
+  assert sorted(map(len, samples)) == [6, 64]
