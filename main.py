@@ -123,7 +123,7 @@ def _cpu_devices(config: Any) -> int:
   """
   if _COORDINATOR.value is not None:
     return 1
-  sections = ('training', 'eval', 'classifier')
+  sections = ('training', 'eval', 'classifier', 'sampling')
   sizes = [config.get(section, {}).get('batch_size', 1) for section in sections]
   if not all(isinstance(size, int) for size in sizes):
     return 1  # the configuration is refused later, with a sentence

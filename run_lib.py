@@ -2,10 +2,8 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import signal
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +16,6 @@ from absl import logging
 
 import checkpoints
 import configuration
-import controllable_generation
 import datasets
 import evaluation
 import evaluation_run
@@ -26,6 +23,7 @@ import losses
 import parallelism
 import reporting
 import sampling
+import sampling_run
 import sde_lib
 from checkpoints import CheckpointDirectory
 from errors import UserError
@@ -375,154 +373,6 @@ class SampleDrawer:
       raise _Interrupted
 
 
-def sample(
-  config: ml_collections.ConfigDict, workdir: str, checkpoint_number: int | None = None
-) -> None:
-  """Draws `sampling.num_samples` images with the EMA parameters, under `sampling.task`.
-
-  Writes to `samples/<task>_<method>_step_<S>_seed_<seed>/`, for every round of
-  `sampling.batch_size`, `samples_<R>.npz` (uint8 images, labels, what was given, originals) and
-  `report_<R>.json`; `grid.png`; and with `sampling.trajectory_every` also `trajectory.gif` and
-  `trajectory.png` of the first round. The random numbers depend on the seed and the round (with
-  `sampling.per_image_seeds`, the image) only; a run that was killed goes on with the round that it
-  was in.
-
-  Args:
-    config: the configuration of the run.
-    workdir: its directory.
-    checkpoint_number: which of `checkpoints/` to take; by default the newest state.
-
-  Raises:
-    UserError: a wrong configuration, or a checkpoint that does not exist.
-  """
-  reporting.log_to_console()
-  config, workdir = configuration.prepare(config), pathlib.Path(workdir)
-  sde = sde_lib.get_sde(config)
-  draw = RoundDrawer(config, sde)
-  model, state = trained_state(config, workdir, checkpoint_number)
-  settings = config.sampling
-  name = f'{settings.task}_{settings.method}_step_{int(state.step)}_seed_{config.seed}'
-  directory = workdir / 'samples' / name.lower()
-  rounds = -(-settings.num_samples // settings.batch_size)
-  sampler = sampling.get_sampling_fn(config, sde, model, draw.shape, draw.inverse_scaler)
-  with tqdm.tqdm(total=rounds * draw.calls, unit='call', disable=None) as bar:
-    for number in range(rounds):
-      if not (directory / f'report_{number}.json').exists():
-        draw(sampler, state, number, directory, bar)
-      bar.update((number + 1) * draw.calls - bar.n)
-  if jax.process_index() == 0:
-    reporting.write_comparison(directory, rounds, settings.num_samples)
-  logging.info('%d samples: %s', settings.num_samples, directory)
-
-
-def trained_state(
-  config: Any, workdir: pathlib.Path, number: int | None
-) -> tuple[nn.Module, State]:
-  """The network and a saved state of the run.
-
-  Raises:
-    UserError: if there is none.
-  """
-  model, like = losses.abstract_state(config)
-  if not (workdir / 'checkpoints').is_dir():
-    raise UserError(f'--workdir={workdir} holds no checkpoints/: train there first, or import.')
-  with (
-    CheckpointDirectory(workdir / 'checkpoints') as snapshots,
-    CheckpointDirectory(workdir / 'checkpoints-meta', keep=2) as latest,
-  ):
-    if number is not None and number not in snapshots.numbers():
-      raise UserError(
-        f'--checkpoint_number={number} is not in {workdir}/checkpoints: it has '
-        f'{snapshots.numbers()}.'
-      )
-    if number is not None:
-      return model, snapshots.restore(number, like)
-    state = checkpoints.restore_newest([latest, snapshots], like)
-  if state is None:
-    raise UserError(f'--workdir={workdir} holds no checkpoint: train there first, or import.')
-  return model, state
-
-
-class RoundDrawer:
-  """Draws one batch under the configured task and writes it.
-
-  Args:
-    config: reads `sampling`, `data` and `seed`.
-    sde: the forward SDE.
-
-  Raises:
-    UserError: for settings that do not go together, before anything is compiled.
-  """
-
-  def __init__(self, config: Any, sde: SDE):
-    settings, data = config.sampling, config.data
-    datasets.check_batch_size(settings.batch_size, 'sampling.batch_size')
-    if settings.num_samples < 1:
-      raise UserError(f'sampling.num_samples={settings.num_samples} must be at least 1.')
-    self.shape = (settings.batch_size, data.image_size, data.image_size, data.num_channels)
-    self.inverse_scaler = datasets.get_data_inverse_scaler(config)
-    self._scaler = datasets.get_data_scaler(config)
-    self._settings, self._seed = settings, config.seed
-    self._root = configuration.stream(config, 'sample_mode')
-    self._task = controllable_generation.get_task(config, sde, self.inverse_scaler)
-    zeros = jax.numpy.zeros((2, *self.shape[1:])), jax.numpy.zeros(2, int)
-    sampling.check(config, sde, self._task.condition(*zeros))
-    method = sampling.get_method(config, sde)
-    self.calls = method.n_steps * method.calls_per_step
-    self._source = datasets.get_source(config, 'test') if self._task.uses_images else None
-
-  def __call__(
-    self,
-    sampler: sampling.Sampler,
-    state: State,
-    number: int,
-    directory: pathlib.Path,
-    bar: tqdm.tqdm,
-  ) -> None:
-    index = number * self.shape[0] + np.arange(self.shape[0])
-    originals, labels = self._examples(index)
-    images = self._scaler(originals / np.float32(255))
-    condition = self._task.condition(jax.numpy.asarray(images), jax.numpy.asarray(labels))
-    rng = jax.random.fold_in(self._root, number)
-    if self._settings.per_image_seeds:
-      rng = jax.vmap(jax.random.fold_in, (None, 0))(self._root, index)
-    every = self._settings.trajectory_every if number == 0 else 0
-    watch = reporting.SamplingProgress(bar, self.calls, every)
-    start = time.perf_counter()
-    samples, nfe = sampler(rng, state, condition=parallelism.replicate(condition), watch=watch)
-    samples = reporting.to_uint8(parallelism.to_host(samples))
-    seconds = time.perf_counter() - start
-    if jax.process_index() != 0:
-      return
-    arrays = {'samples': samples, 'labels': labels}
-    if self._source is not None:
-      given = self.inverse_scaler(self._task.given(condition, images))
-      arrays |= {'given': reporting.to_uint8(given), 'originals': originals}
-    reporting.write_npz(directory / f'samples_{number}.npz', **arrays)
-    if watch.frames:
-      reporting.write_trajectory(directory, watch.frames)
-    report = {
-      'task': self._settings.task,
-      'method': self._settings.method,
-      'step': int(state.step),
-      'seed': self._seed,
-      'round': number,
-      'samples': len(samples),
-      'nfe': nfe,
-      'seconds': round(seconds, 3),
-      'labels': labels.tolist(),
-    }
-    text = json.dumps(report, indent=2).encode()
-    reporting.write_atomic(directory / f'report_{number}.json', text)
-
-  def _examples(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images of the test split, again from its start after its end, and labels."""
-    if self._source is None:
-      return np.zeros(self.shape, np.uint8), self._task.labels(index)
-    examples = [self._source[i % len(self._source)] for i in index]
-    return np.stack([e['image'] for e in examples]), np.stack([e['label'] for e in examples])
-
-
 class Preemption:
   """Turns SIGTERM and SIGINT into a request to save and stop; a second SIGINT stops at once."""
 
@@ -548,6 +398,26 @@ class Preemption:
   def __exit__(self, *exc_info: Any) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
+
+
+def sample(
+  config: ml_collections.ConfigDict, workdir: str, checkpoint_number: int | None = None
+) -> None:
+  """Draws `sampling.num_samples` images with the EMA parameters, under `sampling.task`.
+
+  Leaves them in `samples/<task>_<method>_step_<S>_seed_<seed>/`, as `sampling_run` describes.
+
+  Args:
+    config: the configuration of the run.
+    workdir: its directory.
+    checkpoint_number: which of `checkpoints/` to take; by default the newest state.
+
+  Raises:
+    UserError: a wrong configuration, or a checkpoint that does not exist.
+  """
+  reporting.log_to_console()
+  config = configuration.prepare(config)
+  sampling_run.sample(config, pathlib.Path(workdir), checkpoint_number)
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str, eval_folder: str = 'eval') -> None:

@@ -21,8 +21,8 @@ import configuration
 import datasets
 import parallelism
 import reporting
-import run_lib
 import sampling
+import sampling_run
 import sde_lib
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file.')
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   base = configuration.prepare(_CONFIG.value)
   sde = sde_lib.get_sde(base)
-  model, state = run_lib.trained_state(base, pathlib.Path(_WORKDIR.value), None)
+  model, state = sampling_run.trained_state(base, pathlib.Path(_WORKDIR.value), None)
   train, test = images_of(base, 'train'), images_of(base, 'test')
   projection = Projection(train)
   reference = projection(train)
