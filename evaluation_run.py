@@ -327,7 +327,8 @@ class Samples(Task):
       if r < first_drawn:  # killed between the two files
         samples = _read(drawn[r])['samples']
       else:
-        samples = self._draw(jax.random.fold_in(root, r), state)[: self._count - r * self._size]
+        rng = sampling.batch_rng(self.config, root, r, self._size)
+        samples = self._draw(rng, state)[: self._count - r * self._size]
         self.write(drawn[r], samples=samples)
       if self._extractor is not None:
         self.write(described[r], **self._extractor(samples))

@@ -617,6 +617,13 @@ def check(config: Any, sde: SDE, condition: Condition | None = None) -> None:
   jax.eval_shape(sample, jax.random.PRNGKey(0))
 
 
+def batch_rng(config: Any, root: jax.Array, number: int, size: int) -> jax.Array:
+  """What a sampler gets for batch `number`: a key, or with `per_image_seeds` one for each image."""
+  if not config.sampling.per_image_seeds:
+    return jax.random.fold_in(root, number)
+  return jax.vmap(jax.random.fold_in, (None, 0))(root, number * size + jnp.arange(size))
+
+
 def get_sampling_fn(
   config: Any,
   sde: SDE,

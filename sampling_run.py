@@ -104,7 +104,7 @@ class RoundDrawer:
     self.shape = (settings.batch_size, data.image_size, data.image_size, data.num_channels)
     self.inverse_scaler = datasets.get_data_inverse_scaler(config)
     self._scaler = datasets.get_data_scaler(config)
-    self._settings, self._seed = settings, config.seed
+    self._config, self._settings = config, settings
     self._root = configuration.stream(config, 'sample_mode')
     self._task = controllable_generation.get_task(config, sde, self.inverse_scaler)
     zeros = jax.numpy.zeros((2, *self.shape[1:])), jax.numpy.zeros(2, int)
@@ -125,9 +125,7 @@ class RoundDrawer:
     originals, labels = self._examples(index)
     images = self._scaler(originals / np.float32(255))
     condition = self._task.condition(jax.numpy.asarray(images), jax.numpy.asarray(labels))
-    rng = jax.random.fold_in(self._root, number)
-    if self._settings.per_image_seeds:
-      rng = jax.vmap(jax.random.fold_in, (None, 0))(self._root, index)
+    rng = sampling.batch_rng(self._config, self._root, number, self.shape[0])
     every = self._settings.trajectory_every if number == 0 else 0
     watch = reporting.SamplingProgress(bar, self.calls, every)
     start = time.perf_counter()
@@ -147,7 +145,7 @@ class RoundDrawer:
       'task': self._settings.task,
       'method': self._settings.method,
       'step': int(state.step),
-      'seed': self._seed,
+      'seed': self._config.seed,
       'round': number,
       'samples': len(samples),
       'nfe': nfe,
