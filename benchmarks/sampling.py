@@ -2,9 +2,9 @@
 
   python -m benchmarks.sampling --config=configs/vp/mnist_ddpmpp_continuous.py --workdir=runs/demo
 
-For each method it draws `--count` images and prints the Frechet distance to the training images in
-the space of their leading principal components (of pixels in [0, 1]), and the seconds it took. The
-distance of the test images is the floor. `--plot=FILE` draws the table.
+For each method it draws `--count` images and prints their Frechet distance to the training images in
+the features of `eval.extractor`, and the seconds it took. As many test images give the floor: few
+images make the distance larger. `--plot=FILE` draws the table.
 """
 
 import json
@@ -19,6 +19,8 @@ from ml_collections import config_flags
 
 import configuration
 import datasets
+import evaluation
+import metrics
 import parallelism
 import reporting
 import sampling
@@ -33,12 +35,10 @@ _METHODS = flags.DEFINE_list('methods', None, 'Names of rows to run; all by defa
 _PLOT = flags.DEFINE_string('plot', None, 'File for a plot of the table.')
 _OUT = flags.DEFINE_string('out', None, 'JSON lines are added here, and read for the plot.')
 
-COMPONENTS = 64
-
 PC = {'method': 'pc', 'predictor': 'reverse_diffusion', 'corrector': 'langevin'}
 ROWS = {
-  'PC': [PC | {'n_steps': n} for n in (1000, 100, 25)],
-  'Euler-Maruyama': [{'method': 'pc', 'n_steps': n, 'corrector': 'none'} for n in (1000, 250, 50)],
+  'PC': [PC | {'n_steps': n} for n in (25, 100, 1000)],
+  'Euler-Maruyama': [{'method': 'pc', 'n_steps': n, 'corrector': 'none'} for n in (50, 250)],
   'ODE (RK45)': [{'method': 'ode', 'rtol': tol, 'atol': tol} for tol in (1e-3, 1e-5)],
 }
 for name, method, options, times in (
@@ -52,36 +52,12 @@ for name, method, options, times in (
   ROWS[name] = [{'method': method, 'n_steps': n, **options} for n in times]
 
 
-def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
-  """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of vectors, (n, d)."""
-  (m1, c1), (m2, c2) = ((v.mean(0), np.cov(v, rowvar=False)) for v in (x, y))
-  values, vectors = np.linalg.eigh(c1)
-  root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
-  cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ c2 @ root), 0)).sum()
-  return float(np.sum((m1 - m2) ** 2) + np.trace(c1) + np.trace(c2) - 2 * cross)
-
-
-class Projection:
-  """Leading principal components of a set of images."""
-
-  def __init__(self, images: np.ndarray):
-    x = self._flat(images)
-    self.mean = x.mean(0)
-    self.components = np.linalg.svd(x - self.mean, full_matrices=False)[2][:COMPONENTS]
-
-  def _flat(self, images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), -1) / 255.0
-
-  def __call__(self, images: np.ndarray) -> np.ndarray:
-    return (self._flat(images) - self.mean) @ self.components.T
-
-
 def images_of(config, split: str) -> np.ndarray:
   source = datasets.get_source(config, split)
   return np.stack([source[i]['image'] for i in range(len(source))])
 
 
-def measure(config, sde, model, state, projection, reference) -> dict:
+def measure(config, sde, model, state, distance) -> dict:
   data = config.data
   shape = (_BATCH.value, data.image_size, data.image_size, data.num_channels)
   inverse_scaler = datasets.get_data_inverse_scaler(config)
@@ -93,8 +69,7 @@ def measure(config, sde, model, state, projection, reference) -> dict:
     start = time.perf_counter() if i == 0 else start  # the first compiles
   seconds = (time.perf_counter() - start) / max(1, len(images) - 1) / _BATCH.value
   images = np.concatenate(images)[: _COUNT.value]
-  distance = frechet_distance(projection(images), reference)
-  return {'nfe': nfe, 'distance': round(distance, 3), 'seconds/image': round(seconds, 4)}
+  return {'nfe': nfe, 'distance': distance(images), 'seconds/image': round(seconds, 4)}
 
 
 def plot(rows: list[dict], path: str) -> None:
@@ -120,9 +95,10 @@ def main(argv: list[str]) -> None:
   base = configuration.prepare(_CONFIG.value)
   sde = sde_lib.get_sde(base)
   model, state = sampling_run.trained_state(base, pathlib.Path(_WORKDIR.value), None)
-  train, test = images_of(base, 'train'), images_of(base, 'test')
-  projection = Projection(train)
-  reference = projection(train)
+  extractor = evaluation.get_extractor(base)
+  features = lambda images: metrics.moments(extractor(images)['pool_3'])
+  reference = features(images_of(base, 'train'))
+  distance = lambda images: round(metrics.frechet_distance(reference, features(images)), 3)
   rows = []
 
   def add(row):
@@ -132,13 +108,14 @@ def main(argv: list[str]) -> None:
       with open(_OUT.value, 'a') as file:
         file.write(json.dumps(row) + '\n')
 
-  add({'name': 'test images', 'distance': round(frechet_distance(projection(test), reference), 3)})
+  test = images_of(base, 'test')[: _COUNT.value]
+  add({'name': f'{len(test)} test images', 'distance': distance(test)})
   for name in _METHODS.value or ROWS:
     for settings in ROWS[name]:
       config = base.copy_and_resolve_references()
       config.sampling.update(settings)
       config = configuration.prepare(config)
-      result = measure(config, sde, model, state, projection, reference)
+      result = measure(config, sde, model, state, distance)
       add({'name': name, **settings, **result})
   if _PLOT.value:
     plot(rows, _PLOT.value)
