@@ -2,9 +2,9 @@
 
   python -m benchmarks.sampling --config=configs/vp/mnist_ddpmpp_continuous.py --workdir=runs/demo
 
-For each method it draws `--count` images and prints their Frechet distance to the training images in
-the features of `eval.extractor`, and the seconds it took. As many test images give the floor: few
-images make the distance larger. `--plot=FILE` draws the table.
+For each method it draws `--count` images and prints their Frechet distance to the training images
+in the features of `eval.extractor`, and the seconds it took. As many test images give the floor:
+few images make the distance larger. `--plot=FILE` draws the table.
 """
 
 import json
@@ -96,9 +96,13 @@ def main(argv: list[str]) -> None:
   sde = sde_lib.get_sde(base)
   model, state = sampling_run.trained_state(base, pathlib.Path(_WORKDIR.value), None)
   extractor = evaluation.get_extractor(base)
-  features = lambda images: metrics.moments(extractor(images)['pool_3'])
-  reference = features(images_of(base, 'train'))
-  distance = lambda images: round(metrics.frechet_distance(reference, features(images)), 3)
+
+  def described(images):
+    moments = metrics.moments(extractor(images)['pool_3'])
+    return moments.mean, moments.covariance()
+
+  reference = described(images_of(base, 'train'))
+  distance = lambda images: round(metrics.frechet_distance(*reference, *described(images)), 3)
   rows = []
 
   def add(row):
