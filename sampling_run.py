@@ -156,8 +156,9 @@ class RoundDrawer:
     reporting.write_atomic(directory / f'report_{number}.json', text)
 
   def _examples(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images of the test split, again from its start after its end, and labels."""
+    """uint8 images of the test split in an order that the seed draws, and labels."""
     if self._source is None:
       return np.zeros(self.shape, np.uint8), self._task.labels(index)
-    examples = [self._source[i % len(self._source)] for i in index]
+    order = np.random.RandomState(self._config.seed).permutation(len(self._source))
+    examples = [self._source[order[i % len(order)]] for i in index]
     return np.stack([e['image'] for e in examples]), np.stack([e['label'] for e in examples])

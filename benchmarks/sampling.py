@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
       with open(_OUT.value, 'a') as file:
         file.write(json.dumps(row) + '\n')
 
-  test = images_of(base, 'test')[: _COUNT.value]
+  test = np.random.RandomState(0).permutation(images_of(base, 'test'))[: _COUNT.value]
   add({'name': f'{len(test)} test images', 'distance': distance(test)})
   for name in _METHODS.value or ROWS:
     for settings in ROWS[name]:
