@@ -290,7 +290,8 @@ def compile_steps(
     step_losses = []
     for batch in group:
       state, loss = compiled(state, parallelism.global_batch(batch))
-      step_losses.append(loss)
+      # Waits: several calls in flight may deadlock, each with a share of XLA's threads.
+      step_losses.append(np.asarray(loss))
     return state, np.asarray(step_losses)
 
   return steps

@@ -374,8 +374,9 @@ def get_sampler(
     for begin in range(0, method.n_steps, steps_per_call):
       end = min(begin + steps_per_call, method.n_steps)
       carry = advance(per_image, network, condition, begin, end, carry)
+      # On CPU, several calls in flight may deadlock, each with a share of XLA's threads.
+      jax.block_until_ready(carry)
       if watch is not None:
-        jax.block_until_ready(carry)
         x = carry[0][:, 0] if per_image else carry[0]
         watch(end, method.n_steps, functools.partial(inverse_scaler, x))
     return finish(per_image, network, condition, carry), method.nfe(carry)
