@@ -36,9 +36,10 @@ _PLOT = flags.DEFINE_string('plot', None, 'File for a plot of the table.')
 _OUT = flags.DEFINE_string('out', None, 'JSON lines are added here, and read for the plot.')
 
 PC = {'method': 'pc', 'predictor': 'reverse_diffusion', 'corrector': 'langevin'}
+EULER = {'method': 'pc', 'corrector': 'none', 'n_steps_each': 0}
 ROWS = {
   'PC': [PC | {'n_steps': n} for n in (25, 100, 1000)],
-  'Euler-Maruyama': [{'method': 'pc', 'n_steps': n, 'corrector': 'none'} for n in (50, 250)],
+  'Euler-Maruyama': [EULER | {'n_steps': n} for n in (50, 250)],
   'ODE (RK45)': [{'method': 'ode', 'rtol': tol, 'atol': tol} for tol in (1e-3, 1e-5)],
 }
 for name, method, options, times in (

@@ -14,6 +14,7 @@ from errors import UserError
 from losses import init_state
 from sde_lib import batch_mul
 from tests import tiny_config
+from tests.test_extension import ConstantBetaSDE
 
 SDES = [sde_lib.VPSDE(), sde_lib.subVPSDE(), sde_lib.VESDE(sigma_max=10.0)]
 SHAPE = (8, 3, 3, 1)
@@ -66,7 +67,7 @@ def test_error_falls_at_the_order_of_the_solver(sde, grid, solver, order):
   assert measured == pytest.approx(order, abs=0.45)
 
 
-@pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
+@pytest.mark.parametrize('sde', [*SDES, ConstantBetaSDE()], ids=lambda sde: type(sde).__name__)
 def test_forty_steps_of_second_order_are_within_three_hundredths_of_a_deviation(sde):
   for solver in (fast_sampling.Heun(), fast_sampling.DPMSolverPP()):
     assert error(sde, solver, 'logsnr', 41) < 0.03
@@ -90,7 +91,7 @@ def test_time_is_found_from_the_noise_level(sde):
 
 @pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
 def test_churn_keeps_the_distribution(sde):
-  method = method_of(sde, fast_sampling.Heun(churn=10.0), 'edm', 41)
+  method = method_of(sde, fast_sampling.Heun(churn=10.0), 'edm', 81)
   x = draw(method, jax.random.PRNGKey(1), (4096, 2, 2, 1))
   alpha, sigma = sde.marginal_prob(jnp.ones(1), jnp.asarray([EPS]))
   std = float(jnp.sqrt(alpha**2 * STD**2 + sigma**2)[0])
@@ -127,7 +128,7 @@ def test_configured_method_counts_its_network_calls(method):
   [
     ({'time_grid': 'cosine'}, "Unknown time grid 'cosine': choose one of edm, logsnr, uniform"),
     ({'n_steps': 1}, 'sampling.n_steps=1 is too few: use at least 2'),
-    ({'churn': 1.0}, 'sampling.churn=1.0 needs the sampling method heun'),
+    ({'churn': 1.0}, 'sampling.churn=1.0 is not for this sampling method'),
   ],
 )
 def test_bad_settings_are_refused_before_compilation(overrides, message):

@@ -16,8 +16,14 @@ from errors import UserError
 from losses import State
 from sde_lib import batch_mul
 from tests import golden_values as golden
+from tests.test_extension import ConstantBetaSDE
 
-SDES = [sde_lib.VPSDE(), sde_lib.subVPSDE(), sde_lib.VESDE()]
+SDES = [
+  sde_lib.VPSDE(),
+  sde_lib.subVPSDE(),
+  sde_lib.VESDE(),
+  ConstantBetaSDE(),
+]  # the last a user's
 by_name = pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
 
 
