@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import pytest
 
 import losses
 import sde_lib
@@ -18,7 +19,11 @@ from models import utils
 from tests.golden.fill import fill
 
 # Networks with recorded samplers, likelihoods and conditional samples.
-CONTINUOUS = ('ve_ncsnpp_continuous', 'vp_ddpmpp_continuous', 'subvp_ddpmpp_continuous')
+CONTINUOUS = (
+  've_ncsnpp_continuous',
+  pytest.param('vp_ddpmpp_continuous', marks=pytest.mark.slow),
+  pytest.param('subvp_ddpmpp_continuous', marks=pytest.mark.slow),
+)
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 

@@ -50,6 +50,7 @@ def test_convolution_and_its_gradients_equal_those_of_xla(case, monkeypatch):
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_convolution_and_its_gradients_are_the_same_on_two_devices():
   test = f'{__file__}::{test_convolution_and_its_gradients_equal_those_of_xla.__name__}'
   flags = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}

@@ -12,8 +12,9 @@ import sde_lib
 from models import utils
 from tests import golden_values as golden
 
-QUICK = ['ve_ncsnpp_continuous', 'vp_ddpmpp_continuous', 've_ncsnv2']
+QUICK = ['vp_ddpmpp_continuous', 've_ncsnv2']
 SLOW = [
+  've_ncsnpp_continuous',
   'vp_ddpm',
   've_ddpm',
   've_ncsn',

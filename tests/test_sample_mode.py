@@ -60,7 +60,9 @@ def state():
   return State(0, params, params, None, {})
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(
+  'method', ['pc', *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != 'pc')]
+)
 def test_steps_in_one_call_or_many_give_the_same_samples(method, state):
   rng = jax.random.PRNGKey(1)
   one, nfe = sampler_of(method, steps_per_call=1)(rng, state)
@@ -72,15 +74,14 @@ def test_steps_in_one_call_or_many_give_the_same_samples(method, state):
 
 
 @pytest.mark.parametrize(
-  'method', ['pc', *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != 'pc')]
+  'method', ['ddim', *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != 'ddim')]
 )
 def test_with_a_key_per_image_an_image_does_not_depend_on_its_batch(method, state):
   keys = jax.random.split(jax.random.PRNGKey(2), 8)
   sampler = sampler_of(method)
   x, _ = sampler(keys, state)
   assert x.shape == SHAPE
-  for part in (slice(0, 1), slice(4, 6)):
-    np.testing.assert_allclose(sampler(keys[part], state)[0], x[part], atol=1e-5)
+  np.testing.assert_allclose(sampler(keys[4:6], state)[0], x[4:6], atol=1e-5)
   # Conditions go with their images.
   images = jax.random.normal(jax.random.PRNGKey(3), SHAPE)
   mask = jnp.ones((1, 4, 4, 1)).at[:, 2:].set(0)
@@ -139,8 +140,17 @@ def test_samples_are_the_same_on_one_and_eight_devices():
   np.testing.assert_allclose(eight, one, atol=2e-5)
 
 
-@pytest.mark.parametrize('sde', ['vpsde', 'subvpsde', 'vesde'])
-@pytest.mark.parametrize('task', ['unconditional', 'inpaint', 'colorize', 'superres'])
+@pytest.mark.parametrize(
+  'sde',
+  ['vpsde', *(pytest.param(sde, marks=pytest.mark.slow) for sde in ('subvpsde', 'vesde'))],
+)
+@pytest.mark.parametrize(
+  'task',
+  [
+    'inpaint',
+    *(pytest.param(t, marks=pytest.mark.slow) for t in ('unconditional', 'colorize', 'superres')),
+  ],
+)
 def test_every_combination_of_sde_and_solvers_and_task_is_traced_or_refused(sde, task):
   """Tracing is what stands before compilation: what passes it runs."""
   config = tiny_config.get_config()
@@ -150,8 +160,8 @@ def test_every_combination_of_sde_and_solvers_and_task_is_traced_or_refused(sde,
   config.model.num_scales = 30
   config.sampling.task = task
   settings = [{'method': method} for method in METHODS if method != 'pc']
-  for predictor in sampling._PREDICTORS.names():
-    for corrector in sampling._CORRECTORS.names():
+  for predictor in ('euler_maruyama', 'reverse_diffusion', 'ancestral_sampling', 'none'):
+    for corrector in ('langevin', 'ald', 'none'):
       for flow in (False, True):
         settings.append({'predictor': predictor, 'corrector': corrector, 'probability_flow': flow})
   sde = sde_lib.get_sde(config)

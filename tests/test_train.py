@@ -187,6 +187,7 @@ def test_steps_per_call_do_not_change_the_result(uninterrupted, tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_fused_steps_agree_with_single_steps():
   """The compiled loop that accelerators use, on this machine."""
   config = tiny_config.get_config()
@@ -246,6 +247,7 @@ def test_two_processes_give_the_result_of_one(uninterrupted, tmp_path):
   assert_close_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_divergence_stops_with_step_and_metric_and_keeps_the_checkpoints(tmp_path):
   run(tmp_path, '--config.training.n_iters=10')
   before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'checkpoints').rglob('*')}
