@@ -6,6 +6,7 @@ it was in.
 
   samples_<R>.npz     uint8 images and labels; where test images are used, also what was given of
                       them, and the originals
+  settings.json       the configuration of sampling and data; other settings are refused
   report_<R>.json     task, method, step, seed, network calls, seconds; written last
   grid.png            what was given, the sample and the original side by side
   trajectory.gif/png  with `sampling.trajectory_every`: the first round on its way
@@ -45,16 +46,46 @@ def sample(config: Any, workdir: pathlib.Path, checkpoint_number: int | None) ->
   settings = config.sampling
   name = f'{settings.task}_{settings.method}_step_{int(state.step)}_seed_{config.seed}'
   directory = workdir / 'samples' / name.lower()
+  _record_settings(directory, config)
   rounds = -(-settings.num_samples // settings.batch_size)
   sampler = sampling.get_sampling_fn(config, sde, model, draw.shape, draw.inverse_scaler)
   with tqdm.tqdm(total=rounds * draw.calls, unit='call', disable=None) as bar:
     for number in range(rounds):
-      if not (directory / f'report_{number}.json').exists():
+      done = (directory / f'report_{number}.json').exists()
+      if not parallelism.from_first_process(done):
         draw(sampler, state, number, directory, bar)
       bar.update((number + 1) * draw.calls - bar.n)
   if jax.process_index() == 0:
     reporting.write_comparison(directory, rounds, settings.num_samples)
   logging.info('%d samples: %s', settings.num_samples, directory)
+
+
+def _record_settings(directory: pathlib.Path, config: Any) -> None:
+  """Writes `settings.json`.
+
+  Raises:
+    UserError: if the directory holds samples of other settings.
+  """
+  path = directory / 'settings.json'
+  settings = configuration.flatten(
+    {'sampling': config.sampling.to_dict(), 'data': config.data.to_dict()}
+  )
+  free = ('sampling.num_samples', 'sampling.trajectory_every')
+  settings = {key: value for key, value in settings.items() if key not in free}
+  if path.exists():
+    old = json.loads(path.read_text())
+    differing = [
+      f'{key} (was {old.get(key)!r}, is {settings.get(key)!r})'
+      for key in sorted(old.keys() | settings.keys())
+      if old.get(key) != settings.get(key)
+    ]
+    if differing:
+      raise UserError(
+        f'{directory} holds samples of other settings: {", ".join(differing)}; set another '
+        f'--config.seed, or remove it.'
+      )
+  elif jax.process_index() == 0:
+    reporting.write_atomic(path, json.dumps(settings, indent=2).encode())
 
 
 def trained_state(

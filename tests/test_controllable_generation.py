@@ -156,13 +156,20 @@ def test_measurements_of_uncorrelated_data_lead_to_the_posterior(sde, method):
 def test_measurements_of_correlated_data_lead_near_the_posterior(sde, method):
   """Entries correlated by 0.6. What is known acts through noisy values of it: an approximation.
 
-  For inpainting, where known and unknown entries are correlated, it misses the mean by 0.16
-  deviations with predictor and corrector and by 0.25 along the flow, and covariances by 0.07 and
-  0.13 of the variance; colour and detail are uncorrelated with what is known here, and right.
+  For inpainting, where known and unknown entries are correlated, predictor and corrector miss the
+  mean by 0.14 (VP), 0.12 (sub-VP) and 0.05 (VE) deviations at N = 500, and by 0.22, 0.20 and 0.15
+  at N = 150: the corrector needs its steps. Along the flow it is 0.26 in 100 steps. Covariances are
+  off by 0.06 and 0.14 of the variance. Colour and detail are uncorrelated with what is known here,
+  and right.
   """
+  sde = dataclasses.replace(sde, N=500)
   C = covariance(0.6)
-  mean_bounds = [{'pc': 0.2, 'dpm_solver++': 0.3}[method], MEAN_NOISE, MEAN_NOISE]
-  covariance_bounds = [{'pc': 0.12, 'dpm_solver++': 0.18}[method], 0.08, 0.08]
+  mean_bounds = [{'pc': 0.18, 'dpm_solver++': 0.3}[method], MEAN_NOISE, MEAN_NOISE]
+  covariance_bounds = [
+    {'pc': 0.1, 'dpm_solver++': 0.18}[method],
+    COVARIANCE_NOISE,
+    COVARIANCE_NOISE,
+  ]
   for i, (condition, A, y) in enumerate(measurements(sde)):
     x = draw(METHODS[method](sde), gaussian_score(sde, C), condition)
     mean_error, covariance_error = errors(x, posterior(C, A, y))

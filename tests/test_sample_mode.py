@@ -261,6 +261,12 @@ def test_samples_with_seeds_per_image_do_not_depend_on_the_batch_size(trained):
   np.testing.assert_allclose(images[0].astype(int), images[1].astype(int), atol=1)
 
 
+def test_samples_of_other_settings_are_not_mixed_in(trained):
+  sample(trained, method='dpm_solver++', n_steps=3)
+  with pytest.raises(UserError, match=r'other settings: sampling.n_steps \(was 3, is 4\)'):
+    sample(trained, method='dpm_solver++', n_steps=4)
+
+
 def test_sampling_without_a_checkpoint_is_refused(tmp_path):
   with pytest.raises(UserError, match='holds no checkpoints/: train there first'):
     sample(tmp_path)
