@@ -19,7 +19,7 @@ demo: $(VENV)/run
 	@echo "Samples: $$(ls -t $(DEMO)/samples/*/sample.png | head -n 1)"
 
 test: $(VENV)/dev
-	$(VENV)/bin/python -m pytest -q -n auto
+	$(VENV)/bin/python -m pytest -q -n auto --dist worksteal
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -92,6 +92,7 @@ def test_classifier_learns_two_classes_and_its_file_says_how_well(trained):
   assert correct.mean() == loaded.info['accuracy']['0.0']
 
 
+@pytest.mark.slow
 def test_continued_training_ends_in_the_same_bits(trained, tmp_path):
   config = small_config()
   config.classifier.n_iters = 13

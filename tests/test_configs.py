@@ -32,6 +32,7 @@ def config_of(name):
   return importlib.import_module('configs.' + name.replace('/', '.')).get_config()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', table.names())
 def test_every_configuration_file_is_valid_at_full_size(name):
   config = configuration.prepare(config_of(name))

@@ -19,6 +19,7 @@ from tests import golden_values as golden
 from tests import tiny_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', golden.CONTINUOUS)
 def test_inpainting_and_colorization_agree_with_recorded_images(name, recorded_random_bits):
   recorded, settings, config, sde, model, state = golden.sampling_setup(name)
@@ -142,6 +143,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('sde', 'method'), CASES)
 def test_measurements_of_uncorrelated_data_lead_to_the_posterior(sde, method):
   C = covariance(0.0)

@@ -173,6 +173,7 @@ def kill_after(workdir, files, *overrides, delay=0.0):
   process.communicate()
 
 
+@pytest.mark.slow
 def test_killed_between_two_files_of_a_round_it_ends_in_the_same_report(
   trained, uninterrupted, tmp_path
 ):
@@ -316,6 +317,7 @@ def test_samples_that_are_not_finite_stop_it_before_they_are_written(workdir, mo
   assert not list(workdir.glob('eval/ckpt*'))
 
 
+@pytest.mark.slow
 def test_it_waits_for_a_checkpoint_that_is_still_to_come(workdir):
   saved = workdir / 'checkpoints' / 'checkpoint_4'
   saved.rename(workdir / 'later')

@@ -17,6 +17,8 @@ from tests import tiny_config
 from tests.test_extension import ConstantBetaSDE
 
 SDES = [sde_lib.VPSDE(), sde_lib.subVPSDE(), sde_lib.VESDE(sigma_max=10.0)]
+MARKED = [SDES[0], *(pytest.param(sde, marks=pytest.mark.slow) for sde in SDES[1:])]
+by_sde = pytest.mark.parametrize('sde', MARKED, ids=lambda sde: type(sde).__name__)
 SHAPE = (8, 3, 3, 1)
 MEAN, STD = 0.3, 0.5  # of the data
 
@@ -53,7 +55,7 @@ def error(sde, solver, grid, n):
   return float(jnp.abs(x - expected).max() / std[1])
 
 
-@pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
+@by_sde
 @pytest.mark.parametrize('grid', ['uniform', 'edm', 'logsnr'])
 @pytest.mark.parametrize(
   ('solver', 'order'),
@@ -89,7 +91,7 @@ def test_time_is_found_from_the_noise_level(sde):
   np.testing.assert_allclose(found, t, atol=1e-5)
 
 
-@pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
+@by_sde
 def test_churn_keeps_the_distribution(sde):
   method = method_of(sde, fast_sampling.Heun(churn=10.0), 'edm', 81)
   x = draw(method, jax.random.PRNGKey(1), (4096, 2, 2, 1))

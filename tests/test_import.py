@@ -287,6 +287,7 @@ def test_next_step_after_a_flax_checkpoint_is_that_of_adam(tmp_path):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_real_file_of_pytorch_gives_its_outputs_and_its_next_step(tmp_path):
   """Recorded from PyTorch by golden/make_port_checkpoint.py."""
   recorded = golden.load('port_checkpoint')
@@ -317,6 +318,7 @@ DDPM_ORDER = [
 ]
 
 
+@pytest.mark.slow
 def test_ddpm_of_the_port_becomes_the_same_state(tmp_path):
   config = ddpm_config()
   state = known_state(config)
@@ -387,6 +389,7 @@ def test_ncsnv2_of_the_port_becomes_the_same_state(network, tmp_path):
   assert_same(conversion.read_state(config, write_pth(tmp_path / 'c.pth', content)), state)
 
 
+@pytest.mark.slow
 def test_gaps_in_the_module_list_and_no_moments_are_understood(tmp_path):
   """Modules without weights take a place; before the first step Adam has no state."""
   config = ddpm_config()
@@ -438,6 +441,7 @@ def test_import_evaluates_export_and_import_again(flax_file, tmp_path):
     conversion.export_checkpoint(config, str(tmp_path / 'a'), str(tmp_path / 'x'))
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_imported_checkpoint(flax_file, tmp_path):
   config = tiny_config.get_config()
   conversion.import_checkpoint(config, str(tmp_path / 'run'), flax_file)
@@ -491,6 +495,7 @@ def test_names_that_do_not_fit_are_reported(tmp_path):
   assert 'not finite: Conv_0/bias' in message
 
 
+@pytest.mark.slow
 def test_names_of_the_port_that_do_not_fit_are_reported(tmp_path):
   config = ddpm_config()
   state = known_state(config)

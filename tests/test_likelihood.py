@@ -20,13 +20,14 @@ from tests.test_extension import ConstantBetaSDE
 
 SDES = [
   sde_lib.VPSDE(),
-  sde_lib.subVPSDE(),
-  sde_lib.VESDE(),
-  ConstantBetaSDE(),
-]  # the last a user's
+  ConstantBetaSDE(),  # a user's
+  pytest.param(sde_lib.subVPSDE(), marks=pytest.mark.slow),
+  pytest.param(sde_lib.VESDE(), marks=pytest.mark.slow),
+]
 by_name = pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', golden.CONTINUOUS)
 def test_bits_per_dimension_and_codes_agree_with_recorded_ones(name, recorded_random_bits):
   recorded, _, config, sde, model, state = golden.sampling_setup(name)

@@ -73,9 +73,8 @@ def test_steps_in_one_call_or_many_give_the_same_samples(method, state):
     np.testing.assert_allclose(one.std(), 0.3, rtol=0.5)
 
 
-@pytest.mark.parametrize(
-  'method', ['ddim', *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != 'ddim')]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('method', METHODS)
 def test_with_a_key_per_image_an_image_does_not_depend_on_its_batch(method, state):
   keys = jax.random.split(jax.random.PRNGKey(2), 8)
   sampler = sampler_of(method)
@@ -248,6 +247,7 @@ def test_sample_mode_goes_on_where_it_was_killed(trained):
     assert (directory / name).read_bytes() == before[name]
 
 
+@pytest.mark.slow
 def test_samples_with_seeds_per_image_do_not_depend_on_the_batch_size(trained):
   images = []
   for batch_size in (2, 3):

@@ -60,6 +60,7 @@ def test_pc_samplers_agree_with_recorded_samples(name, recorded_random_bits):
     assert nfe == recorded['nfe']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', golden.CONTINUOUS)
 def test_ode_samplers_agree_with_recorded_samples(name):
   recorded, settings, config, sde, model, state = golden.sampling_setup(name)

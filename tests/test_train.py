@@ -17,6 +17,7 @@ import pytest
 
 import checkpoints
 import losses
+import parallelism
 import run_lib
 from checkpoints import CheckpointDirectory
 from tests import tiny_config
@@ -199,7 +200,7 @@ def test_fused_steps_agree_with_single_steps():
   for fused in (False, True):
     model, state = losses.init_state(jax.random.PRNGKey(0), config)
     step = run_lib.compile_train_step(config, sde, model, train_ds.preprocess, fused)
-    results.append(step(state, batches))
+    results.append(step(parallelism.replicate(state), batches))
   for a, b in zip(*map(jax.tree.leaves, results), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 

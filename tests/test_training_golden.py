@@ -12,14 +12,15 @@ from tests import golden_values as golden
 
 NETWORKS = [
   'vp_ddpmpp_continuous',
-  pytest.param('ve_ncsnv2', marks=pytest.mark.slow),
-  pytest.param('ve_ncsn', marks=pytest.mark.slow),
-  pytest.param('vp_ddpm', marks=pytest.mark.slow),
-  pytest.param('ve_ncsnpp_continuous', marks=pytest.mark.slow),
-  pytest.param('subvp_ddpmpp_continuous', marks=pytest.mark.slow),
+  've_ncsnv2',
+  've_ncsn',
+  'vp_ddpm',
+  've_ncsnpp_continuous',
+  'subvp_ddpmpp_continuous',
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETWORKS)
 def test_losses_and_three_training_steps_agree_with_recorded_values(name, recorded_random_bits):
   recorded = {
