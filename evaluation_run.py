@@ -274,8 +274,15 @@ class BitsPerDim(Task):
       start = 0
 
   def numbers(self, number: int) -> dict[str, Any]:
-    bpd = np.concatenate([_read(path)['bpd'] for path in self._files(number)])
-    return {f'bpd_{self._split}': float(np.mean(bpd, dtype=np.float64))}
+    images = np.concatenate([_read(path)['bpd'] for path in self._files(number)])
+    bpd = float(np.mean(images, dtype=np.float64))
+    numbers = {f'bpd_{self._split}': bpd}
+    if bpd >= 0:
+      return numbers
+    # Grey levels are discrete: -log2 of a probability.
+    warning = f'{bpd:.3g} bits/dim cannot be: set likelihood.rtol and likelihood.atol lower.'
+    logging.warning('%s', warning)
+    return numbers | {'bpd_warnings': [warning]}
 
 
 class Samples(Task):

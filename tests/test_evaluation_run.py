@@ -149,6 +149,21 @@ def test_bits_per_dim_are_a_mean_over_each_test_image_twice(trained, uninterrupt
   np.testing.assert_allclose(bpd[9], expected, rtol=1e-5)
 
 
+def test_bits_per_dim_below_zero_come_with_a_warning(trained, tmp_path):
+  config, sde, model, _ = restored(trained, 4)
+  config.eval.bpd_repeats = 1
+  task = evaluation_run.BitsPerDim(config, tmp_path, sde, model)
+  for r in range(8):
+    np.savez(tmp_path / f'test_ckpt_4_bpd_{r}.npz', bpd=np.full(64, 0.5 - (r == 0) * 6.5))
+  numbers = task.numbers(4)
+  np.testing.assert_allclose(numbers['bpd_test'], -0.3125)
+  assert numbers['bpd_warnings'] == [
+    '-0.312 bits/dim cannot be: set likelihood.rtol and likelihood.atol lower.'
+  ]
+  np.savez(tmp_path / 'test_ckpt_4_bpd_0.npz', bpd=np.zeros(64))
+  assert 'bpd_warnings' not in task.numbers(4)
+
+
 def test_samples_are_those_of_the_configured_sampler(trained, uninterrupted):
   """The numbers of the report belong to the samples beside it."""
   config = configuration.prepare(tiny_config.get_config())
