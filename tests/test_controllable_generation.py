@@ -137,7 +137,6 @@ CASES = [
     (SDES[2], 'pc', pytest.mark.slow),
     (SDES[0], 'pc', pytest.mark.slow),
     (SDES[1], 'pc', pytest.mark.slow),
-    (SDES[1], 'dpm_solver++', pytest.mark.slow),
     (SDES[2], 'dpm_solver++', pytest.mark.slow),
   )
 ]

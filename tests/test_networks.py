@@ -39,7 +39,6 @@ NARROW = {'data.image_size': 16, 'model.nf': 8}
 # Configuration files and what makes them small enough to train and sample here.
 REDUCED = [
   ('vp/ddpm/cifar10_unconditional', SMALL),
-  ('ve/cifar10_ddpm', SMALL),
   ('ve/ffhq_ncsnpp_continuous', SMALL),
   ('ve/ncsn/cifar10', NARROW),
   ('ve/ncsnv2/cifar10', NARROW),

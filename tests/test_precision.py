@@ -18,7 +18,6 @@ from tests import golden_values as golden
 
 NETWORKS = [
   'vp_ddpmpp_continuous',
-  've_ncsnpp_continuous',
   'vp_ddpm',
   've_ncsnv2',
   've_ncsn',
