@@ -1,5 +1,6 @@
 """Networks against recorded values: parameter trees, outputs and gradients."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import configuration
 import losses
 import sampling
 import sde_lib
-from models import utils
+from models import layers, refinenet, utils
 from tests import golden_values as golden
 
 QUICK = ['vp_ddpmpp_continuous']
@@ -75,6 +76,27 @@ def test_network_agrees_with_recorded_outputs_and_gradients(name):
   golden.assert_close(norms, recorded['grad_norms'], 1e-4)
 
 
+@pytest.mark.parametrize(
+  ('layer', 'variance'),
+  [
+    # DDPM: one over the mean of fan in and fan out.
+    (lambda x: layers.conv3x3(64)(x), 2 / (9 * 32 + 9 * 64)),
+    # NCSN: uniform in +-1 / sqrt(fan in).
+    (lambda x: refinenet.ncsn_conv(x, 64), 1 / (3 * 9 * 32)),
+  ],
+  ids=['ddpm', 'ncsn'],
+)
+def test_initial_kernels_are_uniform_with_the_variance_of_their_papers(layer, variance):
+  class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return layer(x)
+
+  params = Layer().init(jax.random.PRNGKey(0), jnp.zeros((1, 4, 4, 32)))['params']['Conv_0']
+  np.testing.assert_allclose(params['kernel'].var(), variance, rtol=0.05)
+  np.testing.assert_allclose(jnp.abs(params['kernel']).max(), (3 * variance) ** 0.5, rtol=0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(('name', 'overrides'), REDUCED, ids=[name for name, _ in REDUCED])
 def test_reduced_configuration_trains_a_step_and_samples_two(name, overrides):
@@ -84,7 +106,8 @@ def test_reduced_configuration_trains_a_step_and_samples_two(name, overrides):
   config.model.num_scales = 2
   config = configuration.prepare(config)
   sde = sde_lib.get_sde(config)
-  model, state = losses.init_state(jax.random.PRNGKey(0), config)
+  model, model_state, shapes = utils.abstract_model(config)
+  state = losses.first_state(config, model_state, golden.filled_like(shapes))
   size = config.data.image_size
   images = jax.random.uniform(jax.random.PRNGKey(1), (4, size, size, config.data.num_channels))
   step_fn = losses.get_step_fn(
