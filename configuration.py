@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,12 +23,19 @@ from configs.default_cifar10_configs import get_default_configs
 from errors import UserError
 from models import utils as mutils
 
-# Keys of the reference's configurations that nothing reads.
-LEGACY = {
-  'model': {'attention_type', 'conv_size'},
-  'optim': {'amsgrad'},
-  'data': {'tfrecords_path', 'category'},
+# Keys of the reference's configurations that nothing reads, and the one value that they may have:
+# any other would be ignored without a word.
+LEGACY: dict[str, Callable[[Any], Any]] = {
+  'model.attention_type': lambda config: 'ddpm',
+  'model.conv_size': lambda config: 3,
+  'model.interpolation': lambda config: 'bilinear',
+  'model.sigma_begin': lambda config: config.model.sigma_max,
+  'optim.amsgrad': lambda config: False,
+  'training.loss': lambda config: config.training.sde,
 }
+
+# Keys that only some data sets read; a configuration may keep them beside another data set.
+_DATA_KEYS = ('tfrecords_path', 'category')
 
 # Fields that may change when a run goes on: they do not alter the training itself.
 FREE = (
@@ -58,7 +66,7 @@ def prepare(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """
   complete = get_default_configs()
   with complete.unlocked():
-    for section, values in config.items():
+    for section, values in _without_legacy(config).items():
       if section not in complete:
         raise UserError(_unknown('section', section, complete.keys()))
       if isinstance(values, ml_collections.ConfigDict) != isinstance(
@@ -80,9 +88,33 @@ def prepare(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   return complete
 
 
+def _without_legacy(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The configuration without the keys of the reference that nothing reads.
+
+  Raises:
+    UserError: if one has a value that would be ignored.
+  """
+  config = config.copy_and_resolve_references()
+  config.unlock()
+  if 'device' in config:  # JAX uses all devices that there are
+    del config['device']
+  for name, meant in LEGACY.items():
+    section, key = name.split('.')
+    if key not in config.get(section, {}):
+      continue
+    value = config[section][key]
+    del config[section][key]
+    if value != meant(config):
+      raise UserError(
+        f'config.{name}={value!r} is read by nothing, so it must be {meant(config)!r}, which is '
+        f'what happens: remove it or set it to that.'
+      )
+  return config
+
+
 def _known_fields(section: str, config: Any, defaults: Any) -> dict[str, Any]:
   """Keys that a section may have, with an example of each value (None: any)."""
-  known = dict.fromkeys(LEGACY.get(section, ())) | dict(defaults[section])
+  known = dict(defaults[section])
   if section == 'model':
     # A configuration may set what another network or SDE reads, as the shared recipes do.
     known = dict.fromkeys(mutils.all_model_fields() | sde_lib.all_sde_fields()) | known
@@ -92,6 +124,7 @@ def _known_fields(section: str, config: Any, defaults: Any) -> dict[str, Any]:
     name = config.classifier.get('name', defaults.classifier.name)
     known = dict.fromkeys(mutils.classifier_fields(name)) | known
   if section == 'data':
+    known |= dict.fromkeys(_DATA_KEYS)
     known |= dict.fromkeys(datasets.extra_keys(config.data.get('dataset', defaults.data.dataset)))
   return known
 

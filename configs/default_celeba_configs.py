@@ -13,6 +13,7 @@ def get_default_configs() -> ml_collections.ConfigDict:
   evaluate = config.eval
   evaluate.begin_ckpt = 1
   evaluate.end_ckpt = 26
+  evaluate.enable_sampling = True
 
   data = config.data
   data.dataset = 'CELEBA'

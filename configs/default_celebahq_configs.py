@@ -11,6 +11,7 @@ def get_default_configs() -> ml_collections.ConfigDict:
   training = config.training
   training.batch_size = 8
   training.n_iters = 2400001
+  training.snapshot_freq_for_preemption = 5000
 
   sampling = config.sampling
   sampling.snr = 0.15

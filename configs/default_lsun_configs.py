@@ -11,6 +11,7 @@ def get_default_configs() -> ml_collections.ConfigDict:
   training = config.training
   training.batch_size = 64
   training.n_iters = 2400001
+  training.snapshot_freq_for_preemption = 5000
 
   config.sampling.snr = 0.075
 
@@ -18,11 +19,11 @@ def get_default_configs() -> ml_collections.ConfigDict:
   evaluate.begin_ckpt = 1
   evaluate.end_ckpt = 48
   evaluate.batch_size = 512
+  evaluate.enable_sampling = True
 
   data = config.data
   data.dataset = 'LSUN'  # and data.category says which of LSUN's
   data.image_size = 256
-  data.random_flip = False
 
   model = config.model
   model.sigma_max = 378.0

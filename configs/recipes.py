@@ -84,14 +84,13 @@ def ncsnpp_256(config: ml_collections.ConfigDict) -> None:
 
 
 def ncsnpp_1024(config: ml_collections.ConfigDict) -> None:
-  """NCSN++ for 1024px: thin and of eight resolutions, trained with the mean over pixels."""
+  """NCSN++ for 1024px: thin and of eight resolutions."""
   ncsnpp_256(config)
   model = config.model
   model.nf = 16
   model.ch_mult = (1, 2, 4, 8, 16, 32, 32, 32)
   model.num_res_blocks = 1
   model.ema_rate = 0.9999
-  config.training.reduce_mean = True
 
 
 def ddpm(config: ml_collections.ConfigDict) -> None:
@@ -128,13 +127,10 @@ def ncsn(config: ml_collections.ConfigDict) -> None:
   """
   ve(config)
   discrete(config)
-  config.training.n_iters = 200001
   config.sampling.predictor = 'none'
   config.sampling.corrector = 'ald'
   config.sampling.n_steps_each = 100
   config.sampling.snr = 0.316
-  config.eval.begin_ckpt = 1
-  config.eval.end_ckpt = 4
 
   model = config.model
   model.name = 'ncsn'
@@ -169,8 +165,6 @@ def ncsnv2(config: ml_collections.ConfigDict) -> None:
   """
   ncsn(config)
   more_levels(config, sigma_max=50.0, num_scales=232, snr=0.176)
-  config.training.n_iters = 300001
-  config.eval.end_ckpt = 6
   config.model.name = 'ncsnv2_64'
   config.model.scale_by_sigma = True
   config.model.ema_rate = 0.999

@@ -14,5 +14,4 @@ def get_config() -> ml_collections.ConfigDict:
   recipes.ve(config)
   recipes.ddpm(config)
   recipes.discrete(config)
-  config.model.ema_rate = 0.9999
   return config

@@ -16,4 +16,5 @@ def get_config() -> ml_collections.ConfigDict:
   recipes.ve(config)
   recipes.ncsnpp_1024(config)
   config.data.dataset = 'FFHQ'
+  config.training.reduce_mean = True
   return config

@@ -18,4 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.category = 'bedroom'
   config.data.image_size = 128
   config.model.name = 'ncsnv2_128'
+  config.model.ema_rate = 0.9999
+  config.training.batch_size = 128
+  config.sampling.n_steps_each = 3
   return config
