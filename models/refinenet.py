@@ -17,6 +17,18 @@ from models.normalization import ConditionalInstanceNorm2dPlus, InstanceNorm2dPl
 from models.up_or_down_sampling import naive_downsample_2d
 
 
+def _conv(x: jax.Array, features: int, size: int, **kwargs) -> jax.Array:
+  """A convolution with Flax's initialization, where `kwargs` do not give another."""
+  conv = nn.Conv(
+    features,
+    (size, size),
+    conv_general_dilated=convolution.conv_general_dilated,
+    promote_dtype=in_dtype_of_input,
+    **kwargs,
+  )
+  return conv(x)
+
+
 def ncsn_conv(
   x: jax.Array, features: int, size: int = 3, dilation: int = 1, bias: bool = True
 ) -> jax.Array:
@@ -26,17 +38,10 @@ def ncsn_conv(
   def init(rng, shape, dtype=jnp.float32):
     return jax.random.uniform(rng, shape, dtype, -bound, bound)
 
-  conv = nn.Conv(
-    features,
-    (size, size),
-    kernel_dilation=(dilation, dilation),
-    use_bias=bias,
-    kernel_init=init,
-    bias_init=init,
-    conv_general_dilated=convolution.conv_general_dilated,
-    promote_dtype=in_dtype_of_input,
+  dilated = (dilation, dilation)
+  return _conv(
+    x, features, size, kernel_dilation=dilated, use_bias=bias, kernel_init=init, bias_init=init
   )
-  return conv(x)
 
 
 class _ByNoiseLevel:
@@ -47,14 +52,18 @@ class _ByNoiseLevel:
 
 
 class ConvMeanPool(nn.Module):
-  """A convolution followed by the mean of 2x2 blocks."""
+  """A convolution followed by the mean of 2x2 blocks.
+
+  Its weights start as Flax's do, normal with variance 1 / fan in and biases of zero: recorded for
+  NCSNv2, and a guess for NCSN, which the reference could not run.
+  """
 
   features: int
   size: int = 3
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    return naive_downsample_2d(ncsn_conv(x, self.features, self.size))
+    return naive_downsample_2d(_conv(x, self.features, self.size))
 
 
 class ResidualBlock(nn.Module):

@@ -22,10 +22,15 @@ def _conv(features: int, name: str, strides: Sequence[int] = (1, 1)) -> nn.Conv:
     (3, 3),
     strides,
     use_bias=False,
-    kernel_init=nn.initializers.he_normal(),
+    kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
     conv_general_dilated=convolution.conv_general_dilated,
     name=name,
   )
+
+
+def _uniform(bound: float) -> nn.initializers.Initializer:
+  """Uniform in [-bound, bound]."""
+  return lambda rng, shape, dtype=jnp.float32: jax.random.uniform(rng, shape, dtype, -bound, bound)
 
 
 def _activation(x: jax.Array, name: str) -> jax.Array:
@@ -136,7 +141,9 @@ class WideResnet(nn.Module):
         activate_before_residual=level == 0,
       )(x, temb)
     x = jnp.mean(_activation(x, 'pre-pool-bn'), axis=(1, 2))
-    return x if pooled else nn.Dense(self.num_classes)(x)
+    if pooled:
+      return x
+    return nn.Dense(self.num_classes, kernel_init=_uniform(self.num_classes**-0.5))(x)
 
   def features(self, x: jax.Array, sigmas: jax.Array) -> jax.Array:
     """The pooled features before the last layer, (B, 64 channel_multiplier).

@@ -1,0 +1,62 @@
+"""Fresh parameters have the scale, the range and the centre of the recorded ones, leaf by leaf."""
+
+import json
+
+import flax.traverse_util
+import jax
+import numpy as np
+import pytest
+
+from models import utils
+from tests.golden_values import GOLDEN, configure
+
+RECORDED = json.loads((GOLDEN / 'init.json').read_text())
+NETWORKS = [name for name in RECORDED if name != 'classifier']
+QUICK = ('ve_ncsnv2', 'vp_ddpmpp_continuous')
+
+# Other bits of the same distributions, by a generator that compiles faster.
+KEY = jax.random.key(0, impl='unsafe_rbg')
+
+
+def differences(params, leaves):
+  """The leaves whose statistics are further from the recorded ones than chance makes them.
+
+  Of n entries, the mean is uncertain by rms / sqrt(n) and the rms by at most rms / sqrt(2 n); the
+  bounds are six standard deviations of the difference of two such draws. The largest of n normal
+  entries varies by 1 / (2 ln n) of itself, and a uniform leaf comes closer to its bound than that;
+  so a bound of 4 / (2 ln n) tells uniform (1.7 rms), truncated (2.3) and normal (above 3) leaves
+  apart as soon as they have some hundred entries. Recorded values have six decimals.
+  """
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  assert flat.keys() == leaves.keys()
+  wrong = {}
+  for path, recorded in leaves.items():
+    x = np.asarray(flat[path], np.float64)
+    assert list(x.shape) == recorded['shape'], path
+    n, rms, largest = x.size, recorded['rms'], recorded['max']
+    drawn = {'mean': x.mean(), 'rms': np.sqrt((x**2).mean()), 'max': np.abs(x).max()}
+    constant = largest == recorded['mean'] == rms
+    bounds = {
+      'mean': 0.0 if constant else 6 * np.sqrt(2 / n) * rms,
+      'rms': 0.0 if constant else 6 / np.sqrt(n) * rms,
+      'max': 0.0 if constant else np.expm1(2 / np.log(max(n, 3))) * largest,
+    }
+    if any(abs(drawn[key] - recorded[key]) > bounds[key] + 1e-6 for key in bounds):
+      wrong[path] = {key: (recorded[key], drawn[key]) for key in bounds}
+  return wrong
+
+
+@pytest.mark.parametrize(
+  'name',
+  [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS],
+)
+def test_network_starts_as_the_recorded_one(name):
+  recorded = RECORDED[name]
+  config = configure(recorded['config'], recorded['overrides'])
+  assert not differences(utils.init_model(KEY, config)[2], recorded['leaves'])
+
+
+def test_classifier_starts_as_the_recorded_one():
+  fields = {'blocks_per_group': 1, 'channel_multiplier': 1, 'num_classes': 10}
+  _, params = utils.create_classifier(KEY, 1, **fields)
+  assert not differences(params, RECORDED['classifier']['leaves'])
