@@ -267,7 +267,7 @@ def decode(path: str | os.PathLike, num_channels: int) -> np.ndarray:
     UserError: naming the file, if it is damaged or has values outside the range of its type.
   """
   try:
-    # Not by its path: Pillow would map the file, and lose the rows of a TIFF that is to be turned.
+    # Not by its path: Pillow would map the file and mix up the rows of a TIFF that is turned.
     with open(path, 'rb') as file, Image.open(file) as image:
       _scale_transparent_colour(image)
       image.load()
@@ -303,9 +303,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
   if image.mode not in _WIDE_MODES:
     return image
   tags: Any = getattr(image, 'tag_v2', {})  # of TIFF
-  peak = (
-    1 if image.mode == 'F' else 4095 if tags.get(ExifTags.Base.BitsPerSample) == (12,) else 65535
-  )
+  twelve_bits = tags.get(ExifTags.Base.BitsPerSample) == (12,)
+  peak = 1 if image.mode == 'F' else 4095 if twelve_bits else 65535
   values = np.asarray(image)
   if not ((values >= 0) & (values <= peak)).all():  # NaN is neither
     raise ValueError(f'it has values from {values.min()} to {values.max()}, not within 0 to {peak}')
