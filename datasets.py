@@ -12,11 +12,17 @@ random-access source whose items are {'image': uint8 (H, W, C), 'label': int}:
   def mine(config, split, *, path): ...
 
 Keyword-only parameters are keys of `config.data` that the data set adds to the common ones.
+
+A source may know what it consists of: a source with an attribute `fingerprint`, a string that
+differs wherever the examples do, guards a run, which refuses to resume on data with another one.
 """
 
 import dataclasses
+import functools
+import hashlib
 import inspect
 import itertools
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,6 +35,7 @@ from PIL import Image
 
 from errors import UserError
 from registry import Registry
+from sources import pictures
 
 _DATASETS = Registry('data set')
 register_dataset = _DATASETS.register
@@ -96,10 +103,14 @@ class Dataset:
   shuffle: bool
   preprocess: Preprocess
 
+  @functools.cached_property
+  def _checked(self) -> 'Alike':
+    return Alike(self.source)
+
   def _batches(self) -> grain.MapDataset:
     """This process's rows of every global batch."""
     processes = jax.process_count()
-    examples = grain.MapDataset.source(self.source)
+    examples = grain.MapDataset.source(self._checked)
     if self.shuffle:
       examples = examples.shuffle(seed=self.seed)
     rows = examples.repeat().batch(self.batch_size // processes)
@@ -156,6 +167,40 @@ class Padded:
     return {**self.source[min(i, count - 1)], 'weight': np.float32(i < count)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Alike:
+  """A source whose images are all of the shape and type of the first one.
+
+  Attributes:
+    source: the examples.
+  """
+
+  source: Source
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, i: int) -> Example:
+    """Raises `UserError` for an image of another shape or type, which would be cast in a batch."""
+    example = self.source[i]
+    shape, dtype = _shape_and_dtype(example)
+    if (shape, dtype) != self._first:
+      raise UserError(
+        f'Image {i} of the data set has shape {shape} and type {dtype}, but image 0 has shape '
+        f'{self._first[0]} and type {self._first[1]}: make all images alike.'
+      )
+    return example
+
+  @functools.cached_property
+  def _first(self) -> tuple[tuple[int, ...], np.dtype]:
+    return _shape_and_dtype(self.source[0])
+
+
+def _shape_and_dtype(example: Example) -> tuple[tuple[int, ...], np.dtype]:
+  image = np.asarray(example['image'])
+  return image.shape, image.dtype
+
+
 def get_dataset(
   config: Any, uniform_dequantization: bool = False, evaluation: bool = False
 ) -> tuple[Dataset, Dataset, Source]:
@@ -191,11 +236,18 @@ def get_source(config: Any, split: str) -> Source:
   """The examples of one split, 'train' or 'test', of `config.data.dataset`.
 
   Raises:
-    UserError: for an unknown data set, or images that are not of the configured shape.
+    UserError: for an unknown data set or split, one without examples, or images that are not uint8
+      or not of the configured shape.
   """
+  if split not in ('train', 'test'):
+    raise UserError(f"There is no split {split!r}: use 'train' or 'test'.")
   make = _DATASETS.get(config.data.dataset)
   extra = {key: config.data[key] for key in extra_keys(config.data.dataset) if key in config.data}
   source = make(config, split, **extra)
+  if not len(source):
+    raise UserError(
+      f'The split {split!r} of the data set {config.data.dataset} is empty: give it an example.'
+    )
   _check_image(source[0]['image'], config)
   return source
 
@@ -218,11 +270,15 @@ def check_batch_size(batch_size: int, field: str) -> None:
 def _check_image(image: np.ndarray, config: Any) -> None:
   data = config.data
   expected = (data.image_size, data.image_size, data.num_channels)
-  if image.shape != expected or image.dtype != np.uint8:
+  if image.dtype != np.uint8:
     raise UserError(
-      f'The data set {data.dataset} has images of shape {image.shape} and type {image.dtype}, but '
-      f'the configuration says {expected} and uint8: '
-      f'set data.image_size and data.num_channels to match.'
+      f'The data set {data.dataset} has images of type {image.dtype}, not uint8: '
+      f'let its source scale them to 0..255 and return uint8.'
+    )
+  if image.shape != expected:
+    raise UserError(
+      f'The data set {data.dataset} has images of shape {image.shape}, but the configuration says '
+      f'{expected}: set data.image_size and data.num_channels to match.'
     )
 
 
@@ -238,6 +294,15 @@ class ArraySource:
 
   def __getitem__(self, i: int) -> Example:
     return {'image': self.images[i], 'label': np.int32(self.labels[i])}
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """SHA-256 of the shapes, types and bytes of both arrays."""
+    digest = hashlib.sha256()
+    for array in map(np.ascontiguousarray, (self.images, self.labels)):
+      digest.update(f'{array.shape} {array.dtype}\n'.encode())
+      digest.update(array)
+    return digest.hexdigest()
 
 
 @register_dataset(name='MNIST5K')
@@ -350,73 +415,84 @@ def _validation(split: str) -> str:
   return 'validation' if split == 'test' else split
 
 
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
-
-
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-  """Image files, decoded when they are read, cropped to their central square and resized.
+  """Picture files, decoded when they are read, cropped to their central square and resized.
 
   Attributes:
-    paths: the files.
+    files: the pictures, as `pictures.open_folder` lists them.
     size: height and width that they are brought to.
     num_channels: 1 or 3.
   """
 
-  paths: Sequence[pathlib.Path]
+  files: Sequence[pictures.File]
   size: int
   num_channels: int
 
   def __len__(self) -> int:
-    return len(self.paths)
+    return len(self.files)
 
   def __getitem__(self, i: int) -> Example:
-    with Image.open(self.paths[i]) as file:
-      image = np.asarray(file.convert('L' if self.num_channels == 1 else 'RGB'))
-    square = central_crop(image.reshape(*image.shape[:2], -1))
-    return {'image': resize(square, self.size), 'label': np.int32(0)}
+    image = pictures.decode(self.files[i].path, self.num_channels)
+    return {'image': resize(central_crop(image), self.size), 'label': np.int32(0)}
+
+  @property
+  def paths(self) -> list[pathlib.Path]:
+    return [pathlib.Path(file.path) for file in self.files]
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """SHA-256 of the names, relative to the folder, and sizes of the files."""
+    return pictures.fingerprint(self.files)
 
 
 @register_dataset(name='CelebAHQ')
 @register_dataset(name='FFHQ')
 @register_dataset(name='ImageFolder')
 def image_folder(config: Any, split: str, *, path: str = '') -> ImageFolder:
-  """All image files below `config.data.path`, in the order of their names.
-
-  The splits are the subfolders `train` and `test` where both exist; else every tenth image is for
-  testing.
+  """The pictures below `config.data.path`; `pictures.open_folder` has the order and the splits.
 
   Raises:
-    UserError: if there are no image files.
+    UserError: if that is not a folder of pictures, or one whose splits are not clear.
   """
-  root = pathlib.Path(path)
-  if path and (root / 'train').is_dir() and (root / 'test').is_dir():
-    paths = _image_files(root / split)
-  else:
-    paths = _image_files(root) if path else []
-    paths = [p for i, p in enumerate(paths) if (i % 10 == 9) == (split == 'test')]
-  if not paths:
+  try:
+    files = pictures.open_folder(os.path.expanduser(path))[split]
+  except UserError as error:
     raise UserError(
       f'No images for the split {split!r} of {config.data.dataset} in config.data.path={path!r}: '
-      f'give a folder with files that end in {", ".join(IMAGE_SUFFIXES)}, in any case.'
-    )
-  return ImageFolder(paths, config.data.image_size, config.data.num_channels)
-
-
-def _image_files(root: pathlib.Path) -> list[pathlib.Path]:
-  return sorted(p for p in root.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
+      f'{error}'
+    ) from error
+  return ImageFolder(files, config.data.image_size, config.data.num_channels)
 
 
 def central_crop(image: np.ndarray, side: int | None = None) -> np.ndarray:
-  """The central square of an image (H, W, C), as large as it can be or of the given side."""
+  """The central square of an image (H, W, C), as large as it can be or of the given side.
+
+  Raises:
+    UserError: if the image is smaller than that.
+  """
   height, width = image.shape[:2]
   side = side or min(height, width)
+  if side > min(height, width):
+    raise UserError(
+      f'An image of {height} x {width} pixels has no central square of {side} x {side}: '
+      f'use a smaller side.'
+    )
   top, left = (height - side) // 2, (width - side) // 2
   return image[top : top + side, left : left + side]
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-  """A uint8 image at `size` x `size`, bilinear with antialiasing; unchanged if it has that size."""
+  """A uint8 image at `size` x `size`, bilinear with antialiasing; unchanged if it has that size.
+
+  Raises:
+    UserError: if the image is of another type.
+  """
+  if image.dtype != np.uint8:
+    raise UserError(
+      f'An image of type {image.dtype} cannot be resized: '
+      f'scale it to 0..255 and convert it to uint8 first.'
+    )
   if image.shape[:2] == (size, size):
     return image
   channels = image[..., 0] if image.shape[-1] == 1 else image

@@ -1,6 +1,7 @@
 """Data: determinism, sharing between processes, and what reaches the network."""
 
 import io
+import pathlib
 
 import jax
 import numpy as np
@@ -131,6 +132,104 @@ def test_image_folder_is_split_cropped_and_resized(config, tmp_path):
   config.data.path = str(tmp_path / 'nowhere')
   with pytest.raises(UserError, match="No images for the split 'train' of ImageFolder"):
     datasets.get_dataset(config)
+
+
+@pytest.fixture
+def picture_config(config, tmp_path):
+  """Forty pictures of 28 x 28 pixels in a folder of their own."""
+  noise = np.random.default_rng(0).integers(0, 256, (40, 28, 28), np.uint8)
+  folder = tmp_path / 'pictures'
+  folder.mkdir()
+  for i, pixels in enumerate(noise):
+    Image.fromarray(pixels).save(folder / f'{i:02d}.png')
+  config.data.dataset, config.data.path = 'ImageFolder', str(folder)
+  config.training.batch_size = config.eval.batch_size = 8
+  return config
+
+
+@pytest.mark.parametrize('first', [False, True])
+def test_picture_that_cannot_be_decoded_is_named_by_the_iterator(picture_config, first):
+  path = pathlib.Path(picture_config.data.path) / ('00.png' if first else '20.png')
+  train, _, _ = datasets.get_dataset(picture_config)
+  path.write_bytes(path.read_bytes()[:300])
+  with pytest.raises(UserError, match=f'{path} cannot be read .* which resumes') as error:
+    for _ in zip(range(6), train.iterate(), strict=False):
+      pass
+  assert '\n' not in str(error.value)
+
+
+def test_home_folder_is_expanded_in_the_path(picture_config, monkeypatch):
+  monkeypatch.setenv('HOME', str(pathlib.Path(picture_config.data.path).parent))
+  picture_config.data.path = '~/pictures'
+  assert len(datasets.get_source(picture_config, 'train')) == 36
+
+
+def test_fingerprint_of_a_source_changes_with_its_examples(picture_config):
+  train, test = (datasets.get_source(picture_config, split) for split in ('train', 'test'))
+  assert train.fingerprint != test.fingerprint
+  assert datasets.get_source(picture_config, 'train').fingerprint == train.fingerprint
+  Image.new('L', (28, 28)).save(train.paths[3])
+  assert datasets.get_source(picture_config, 'train').fingerprint != train.fingerprint
+
+  images = np.zeros((4, 2, 2, 1), np.uint8)
+  digest = datasets.ArraySource(images, np.arange(4)).fingerprint
+  assert datasets.ArraySource(images.copy(), np.arange(4)).fingerprint == digest
+  assert datasets.ArraySource(images.reshape(4, 4, 1, 1), np.arange(4)).fingerprint != digest
+  assert datasets.ArraySource(images, np.ones(4, int)).fingerprint != digest
+  images[1, 0, 0] = 1
+  assert datasets.ArraySource(images, np.arange(4)).fingerprint != digest
+
+
+@pytest.mark.parametrize(
+  'image',
+  [
+    np.zeros((3, 2, 1), np.uint8),
+    np.zeros((2, 2, 1), np.float32),
+    pytest.param(np.zeros((2, 2, 3), np.uint8), marks=pytest.mark.slow),
+    pytest.param(np.zeros((2, 2, 1), np.uint16), marks=pytest.mark.slow),
+  ],
+)
+def test_later_image_of_another_shape_or_type_is_named(image):
+  source = [{'image': np.zeros((2, 2, 1), np.uint8), 'label': 0} for _ in range(8)]
+  source[5]['image'] = image
+  dataset = datasets.Dataset(source, 4, 0, True, lambda rng, x: x)
+  for batches in (lambda: [dataset.batch(i) for i in range(2)], lambda: list(dataset.once())):
+    with pytest.raises(
+      UserError, match='Image 5 of the data set has shape .*make all images alike'
+    ):
+      batches()
+
+
+def test_images_of_another_type_are_refused_and_not_cast(config):
+  deep = np.full((28, 28, 1), 40_000, np.uint16)
+  with pytest.raises(UserError, match='type uint16 cannot be resized: scale it'):
+    datasets.TFDSSource([{'image': deep}], lambda image: datasets.resize(image, 28))[0]
+
+  @datasets.register_dataset(name='DEEP')
+  def deep_images(config, split):
+    return datasets.ArraySource(deep[None], np.zeros(1))
+
+  config.data.dataset = 'DEEP'
+  with pytest.raises(UserError, match='DEEP has images of type uint16, not uint8: let its source'):
+    datasets.get_source(config, 'train')
+
+
+def test_empty_source_and_unknown_split_are_refused(config):
+  with pytest.raises(UserError, match="There is no split 'validation': use 'train' or 'test'"):
+    datasets.get_source(config, 'validation')
+
+  @datasets.register_dataset(name='EMPTY')
+  def empty(config, split):
+    return datasets.ArraySource(np.zeros((0, 28, 28, 1), np.uint8), np.zeros(0))
+
+  config.data.dataset = 'EMPTY'
+  with pytest.raises(UserError, match="The split 'train' of the data set EMPTY is empty"):
+    datasets.get_source(config, 'train')
+
+
+def test_crop_larger_than_the_image_is_refused():
+  with pytest.raises(UserError, match='40 x 60 pixels has no central square of 50 x 50'):
+    datasets.central_crop(np.zeros((40, 60, 3), np.uint8), 50)
 
 
 def test_resize_is_the_identity_at_its_size_and_keeps_constants():
