@@ -2,14 +2,19 @@
 
 A checkpoint is complete or absent (Orbax writes to a temporary name and renames). Orbax does not
 notice a flipped bit in an array, so the CRC-32 of every array is stored beside it and verified.
+
+Reading never writes: only the training of a run renames its damaged checkpoints. Every process
+reads for itself and all of them agree on what is taken.
 """
 
 import json
+import math
 import pathlib
+import shutil
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.serialization
@@ -24,18 +29,146 @@ from errors import UserError
 from losses import State
 
 PREFIX = 'checkpoint'
+DIRECTORIES = ('checkpoints', 'checkpoints-meta')  # in the directory of a run
+
+_SHOWN = 4  # names in an error message
 
 
-class DamagedCheckpoint(RuntimeError):
+class DamagedCheckpoint(UserError):
   """A checkpoint that cannot be read back as it was written."""
+
+
+class MisfitCheckpoint(UserError):
+  """A checkpoint of another network or optimizer than the configuration describes."""
 
 
 class NonFiniteState(FloatingPointError):
   """A state with NaN or infinity, which is never saved."""
 
 
-class CheckpointDirectory:
-  """A directory of numbered checkpoints, `checkpoint_0`, `checkpoint_1`, ...
+class CheckpointReader:
+  """A directory of numbered checkpoints, `checkpoint_0`, `checkpoint_1`, ..., to read.
+
+  Args:
+    directory: need not exist.
+  """
+
+  def __init__(self, directory: pathlib.Path):
+    self.directory = pathlib.Path(directory).resolve()
+
+  def path(self, number: int) -> pathlib.Path:
+    return self.directory / f'{PREFIX}_{number}'
+
+  def numbers(self) -> list[int]:
+    """Numbers of the complete checkpoints, increasing."""
+    found = self.directory.glob(f'{PREFIX}_*')
+    numbers = (path.name.removeprefix(f'{PREFIX}_') for path in found)
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+  def wait_for(self, number: int, seconds: float) -> bool:
+    """Whether checkpoint `number` is there, now or within `seconds`.
+
+    A file system shared over a network does not tell of new files, so this looks each second.
+    """
+    deadline = time.monotonic() + seconds
+    while number not in self.numbers() and time.monotonic() < deadline:
+      threading.Event().wait(1)
+    return number in self.numbers()
+
+  def step(self, number: int) -> int:
+    """The training step of checkpoint `number`.
+
+    Raises:
+      DamagedCheckpoint: if that cannot be read.
+    """
+    return self._metadata(number)['step']
+
+  def identity(self, number: int) -> str:
+    """A checksum over the step and all arrays of checkpoint `number`.
+
+    Raises:
+      DamagedCheckpoint: if that cannot be read.
+    """
+    metadata = json.dumps(self._metadata(number), sort_keys=True)
+    return f'{zlib.crc32(metadata.encode()):08x}'
+
+  def restore(self, number: int, like: State) -> State:
+    """Checkpoint `number` as a state shaped as `like` (arrays or shapes), on all devices.
+
+    Args:
+      number: of the checkpoint.
+      like: what is None in it is not read.
+
+    Raises:
+      DamagedCheckpoint: if it cannot be read, or a checksum is wrong.
+      MisfitCheckpoint: if its arrays have other names, shapes or types.
+    """
+    tree = flax.serialization.to_state_dict(like)
+    tree = {key: value for key, value in tree.items() if value is not None}
+    wanted = _flatten(tree)
+    checksums = self._metadata(number)['crc32']
+    saved = {path for path in checksums if path.partition('/')[0] in tree}
+    self._check_fit(
+      number, {'missing': wanted.keys() - saved, 'not of this network': saved - wanted.keys()}
+    )
+    arrays = self._read(number, wanted)
+    self._check_fit(number, {'of another shape': _mismatches(wanted, arrays)})
+    for path, array in arrays.items():
+      if _checksum(array) != checksums[path]:
+        raise DamagedCheckpoint(
+          f'{self.path(number)} is damaged: it has a wrong checksum for {path}; take another one, '
+          f'or restore it from a copy.'
+        )
+    flat = flax.traverse_util.flatten_dict(tree, sep='/', keep_empty_nodes=True)
+    restored = flax.traverse_util.unflatten_dict(flat | parallelism.replicate(arrays), sep='/')
+    absent = {key: None for key in flax.serialization.to_state_dict(like) if key not in tree}
+    return flax.serialization.from_state_dict(like, restored | absent)
+
+  def _check_fit(self, number: int, problems: Mapping[str, Iterable[str]]) -> None:
+    found = [f'{kind}: {_enumerate(names)}' for kind, names in problems.items() if names]
+    if found:
+      hint = ' without JAX_ENABLE_X64' if jax.config.jax_enable_x64 else ''
+      raise MisfitCheckpoint(
+        f'{self.path(number)} does not fit the configuration ({"; ".join(found)}): it is whole, '
+        f'so use the configuration of its run{hint}, which is in config.json beside it.'
+      )
+
+  def _read(self, number: int, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The wanted arrays, as they were saved, read by this process alone."""
+    alone = ocp.options.MultiprocessingOptions(
+      primary_host=jax.process_index(),
+      active_processes={jax.process_index()},
+      barrier_sync_key_prefix=f'read_{jax.process_index()}',
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    item = flax.traverse_util.unflatten_dict(dict(wanted), sep='/')
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+    try:
+      with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        tree = checkpointer.restore(self.path(number) / 'state', args=args)
+    except Exception as error:  # Orbax raises many kinds for unreadable arrays
+      raise self._damaged(number, error) from error
+    return {path: np.asarray(array) for path, array in _flatten(tree).items()}
+
+  def _metadata(self, number: int) -> dict[str, Any]:
+    try:
+      text = (self.path(number) / 'metadata' / 'metadata').read_text(encoding='utf-8')
+      metadata = json.loads(text)
+      return {'step': int(metadata['step']), 'crc32': dict(metadata['crc32'])}
+    except (OSError, ValueError, TypeError, LookupError) as error:
+      raise self._damaged(number, error) from error
+
+  def _damaged(self, number: int, error: Exception) -> DamagedCheckpoint:
+    reason = (str(error).splitlines() or [''])[0] or type(error).__name__
+    return DamagedCheckpoint(
+      f'{self.path(number)} is damaged and cannot be read ({reason[:200]}): take another one, or '
+      f'restore it from a copy.'
+    )
+
+
+class CheckpointDirectory(CheckpointReader):
+  """The same, to save to.
 
   Saving is asynchronous; an error in the background is raised by the next call. Use it as a context
   manager, which waits for what is being written.
@@ -46,7 +179,7 @@ class CheckpointDirectory:
   """
 
   def __init__(self, directory: pathlib.Path, keep: int | None = None):
-    self.directory = pathlib.Path(directory).resolve()
+    super().__init__(directory)
     options = ocp.CheckpointManagerOptions(
       step_prefix=PREFIX,
       max_to_keep=keep,
@@ -64,13 +197,6 @@ class CheckpointDirectory:
   def __exit__(self, *exc_info) -> None:
     self._manager.close()
 
-  def path(self, number: int) -> pathlib.Path:
-    return self.directory / f'{PREFIX}_{number}'
-
-  def numbers(self) -> list[int]:
-    """Numbers of the complete checkpoints, increasing."""
-    return sorted(self._manager.all_steps())
-
   def save(self, number: int, state: State) -> None:
     """Begins to write `state` as checkpoint `number`, replacing one of an earlier step.
 
@@ -87,6 +213,7 @@ class CheckpointDirectory:
       'crc32': {path: _checksum(leaf) for path, leaf in leaves.items()},
     }
     if number in self._manager.all_steps():
+      self.wait()
       if self.step(number) == int(state.step):
         return
       self._manager.delete(number)
@@ -102,120 +229,131 @@ class CheckpointDirectory:
     """Returns when everything is written."""
     self._manager.wait_until_finished()
 
-  def step(self, number: int) -> int:
-    """The training step of checkpoint `number`.
-
-    Raises:
-      DamagedCheckpoint: if that cannot be read.
-    """
-    return int(self._read_metadata(number)['step'])
-
-  def wait_for(self, number: int, seconds: float) -> bool:
-    """Whether checkpoint `number` is there, now or within `seconds`.
-
-    A file system shared over a network does not tell of new files, so this looks each second.
-    """
-    deadline = time.monotonic() + seconds
-    while number not in self.numbers() and time.monotonic() < deadline:
-      threading.Event().wait(1)
-      self._manager.reload()
-    return number in self.numbers()
-
-  def identity(self, number: int) -> str:
-    """A checksum over the step and all arrays of checkpoint `number`.
-
-    Raises:
-      DamagedCheckpoint: if that cannot be read.
-    """
-    metadata = json.dumps(self._read_metadata(number), sort_keys=True)
-    return f'{zlib.crc32(metadata.encode()):08x}'
-
-  def restore(self, number: int, like: State) -> State:
-    """Checkpoint `number` as a state shaped as `like` (arrays or shapes), on all devices.
-
-    Raises:
-      DamagedCheckpoint: if it cannot be read, does not fit, or a checksum is wrong.
-    """
-    expected = flax.serialization.to_state_dict(like)
-    sharding = parallelism.replicated()
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), expected
-    )
-    checksums = self._read_metadata(number)['crc32']
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    try:
-      tree = self._manager.restore(number, args=args)['state']
-    except Exception as error:  # Orbax raises bare Exceptions for unreadable arrays
-      raise DamagedCheckpoint(
-        f'{self.path(number)} cannot be read: {_first_line(error)}'
-      ) from error
-    for path, leaf in _flatten(tree).items():
-      if _checksum(leaf) != checksums.get(path):
-        raise DamagedCheckpoint(f'{self.path(number)} has a wrong checksum for {path}.')
-    return flax.serialization.from_state_dict(like, tree)
-
   def set_aside(self, number: int) -> pathlib.Path:
-    """Renames a damaged checkpoint so that it is neither used nor lost."""
+    """Renames a damaged checkpoint so that it is neither used nor lost; the first process does."""
     target = self.directory / f'damaged-{PREFIX}_{number}'
     while target.exists():
       target = target.with_name(target.name + '-again')
     if jax.process_index() == 0:
       self.path(number).rename(target)
+    parallelism.from_first_process(0)  # nobody looks before it is done
     self._manager.reload()
     return target
 
-  def _read_metadata(self, number: int) -> dict[str, Any]:
-    args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-    try:
-      return self._manager.restore(number, args=args)['metadata']
-    except Exception as error:  # as above
-      raise DamagedCheckpoint(
-        f'{self.path(number)} cannot be read: {_first_line(error)}'
-      ) from error
+
+def remove_unfinished(directory: pathlib.Path) -> None:
+  """Removes what saves left behind that were killed; nobody may be saving there."""
+  for path in directory.glob(f'{PREFIX}_*.orbax-checkpoint-tmp*'):
+    shutil.rmtree(path, ignore_errors=True)
 
 
-def restore_newest(directories: list[CheckpointDirectory], like: State) -> State | None:
-  """The state of the latest step in any of `directories`; None where there is no checkpoint.
+def weights_only(like: State) -> State:
+  """The part of a state that sampling and evaluation use: the EMA, without optimizer state."""
+  return like.replace(params=None, opt_state=None)
 
-  A damaged checkpoint is reported, set aside, and the one before it is taken.
+
+def restore(directory: CheckpointReader, number: int, like: State) -> State:
+  """`directory.restore(number, like)`, which all processes do or none.
 
   Raises:
-    UserError: if there are checkpoints and all are damaged.
+    DamagedCheckpoint: if any process could not read it.
+    MisfitCheckpoint: as `CheckpointReader.restore`.
   """
+  state, error = None, None
+  try:
+    state = directory.restore(number, like)
+  except DamagedCheckpoint as damage:
+    error = damage
+  if parallelism.any_process(error is not None):
+    raise error or DamagedCheckpoint(
+      f'{directory.path(number)} cannot be read by another process: take another one, or restore '
+      f'it from a copy.'
+    )
+  return state
+
+
+def restore_newest(directories: list[CheckpointReader], like: State) -> State | None:
+  """The state of the latest step in any of `directories`; None where there is no checkpoint.
+
+  A damaged checkpoint is reported and the one before it is taken; all processes take the same.
+
+  Raises:
+    DamagedCheckpoint: if there are checkpoints and all are damaged.
+    MisfitCheckpoint: as `CheckpointReader.restore`.
+  """
+  return _restore_newest(directories, like)[0]
+
+
+def resume(directories: list[CheckpointDirectory], like: State) -> State | None:
+  """As `restore_newest`, for the training of the run: damaged checkpoints are set aside."""
+  state, damaged = _restore_newest(directories, like)
+  for index, number in damaged:
+    logging.warning('Kept for inspection: %s', directories[index].set_aside(number))
+  return state
+
+
+def _restore_newest(
+  directories: list[CheckpointReader], like: State
+) -> tuple[State | None, list[tuple[int, int]]]:
+  """The state, and the index of the directory and the number of those that are damaged."""
   damaged = []
-  for directory, number in _newest_first(directories, damaged):
+  while (newest := _newest(directories, damaged)) is not None:
+    index, number = newest
+    directory = directories[index]
     try:
-      state = directory.restore(number, like)
+      state = restore(directory, number, like)
     except DamagedCheckpoint as error:
-      logging.warning('%s Trying the one before.', error)
-      damaged.append((directory, number))
+      damaged.append(newest)
+      # Beside a training that deletes old ones, it may be gone by now.
+      if parallelism.from_first_process(directory.path(number).exists()):
+        logging.warning('%s Trying the one before.', error)
       continue
-    for broken, broken_number in damaged:
-      logging.warning('Kept for inspection: %s', broken.set_aside(broken_number))
-    logging.info('Resuming from %s, step %d.', directory.path(number), int(state.step))
-    return state
+    logging.info('Restored %s, step %d.', directory.path(number), int(state.step))
+    return state, [entry for entry in damaged if _exists(directories, entry)]
+  damaged = [entry for entry in damaged if _exists(directories, entry)]
   if damaged:
-    paths = ', '.join(str(directory.path(number)) for directory, number in damaged)
-    raise UserError(
+    paths = _enumerate(str(directories[index].path(number)) for index, number in damaged)
+    raise DamagedCheckpoint(
       f'All checkpoints are damaged ({paths}): restore one from a copy, or use a new --workdir.'
     )
-  return None
+  return None, []
 
 
-def _newest_first(
-  directories: list[CheckpointDirectory], damaged: list[tuple[CheckpointDirectory, int]]
-) -> Iterator[tuple[CheckpointDirectory, int]]:
-  """All checkpoints by decreasing step; those whose step is unreadable go to `damaged`."""
+def _exists(directories: list[CheckpointReader], entry: tuple[int, int]) -> bool:
+  index, number = entry
+  return bool(parallelism.from_first_process(directories[index].path(number).exists()))
+
+
+def _newest(
+  directories: list[CheckpointReader], damaged: list[tuple[int, int]]
+) -> tuple[int, int] | None:
+  """The first process's checkpoint of the latest step; one without a readable step comes first."""
   steps = []
-  for i, directory in enumerate(directories):
+  for index, directory in enumerate(directories):
     for number in directory.numbers():
-      try:
-        steps.append((directory.step(number), i, number))
-      except DamagedCheckpoint as error:
-        logging.warning('%s', error)
-        damaged.append((directory, number))
-  for _, i, number in sorted(steps, reverse=True):
-    yield directories[i], number
+      if (index, number) not in damaged:
+        try:
+          steps.append((directory.step(number), index, number))
+        except DamagedCheckpoint:
+          steps.append((math.inf, index, number))
+  _, index, number = max(steps, default=(-1, -1, -1))
+  index, number = (parallelism.from_first_process(value) for value in (index, number))
+  return None if index < 0 else (index, number)
+
+
+def _mismatches(wanted: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
+  describe = lambda x: f'{np.dtype(x.dtype).name}{list(x.shape)}'
+  return [
+    f'{path} is {describe(arrays[path])} instead of {describe(leaf)}'
+    for path, leaf in wanted.items()
+    if describe(arrays[path]) != describe(leaf)
+  ]
+
+
+def _enumerate(names: Iterable[str]) -> str:
+  names = sorted(names, key=lambda name: (not name.startswith('params'), name))
+  more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
+  return ', '.join(names[:_SHOWN]) + more
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -224,7 +362,3 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 def _checksum(leaf: Any) -> int:
   return zlib.crc32(np.ascontiguousarray(leaf).tobytes())
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,6 +22,7 @@ import run_lib
 from errors import UserError
 from losses import State
 from models import utils as mutils
+from runtime.workdir import FREE, at_work, check_run, log_start, record, record_data
 from sde_lib import batch_mul
 
 PyTree = Any
@@ -33,9 +34,9 @@ TEST_SIGMAS = (0.0, 0.1, 0.3, 1.0, 3.0)
 # Streams of random numbers, each a fold of the seed; run_lib has the first ones.
 _INIT, _TRAIN, _EVAL, _TEST = range(16, 20)
 
-# What may change when the training of a classifier goes on.
+# What may change when the training of a classifier resumes.
 _FREE = (
-  *(name for name in configuration.FREE if name != 'classifier.'),
+  *(name for name in FREE if name != 'classifier.'),
   'training.sde',
   'training.continuous',
   'training.likelihood_weighting',
@@ -46,30 +47,31 @@ _FREE = (
 
 
 def train_classifier(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Trains, or goes on training, the classifier of `config.classifier` on `config.data`.
+  """Trains, or resumes training, the classifier of `config.classifier` on `config.data`.
 
   Leaves in `workdir` what `run_lib.train` does, but for the samples, and at the end
   `classifier.safetensors`: the EMA parameters, with all that is needed to use them. Like there, a
   run that was killed continues to the same bits.
 
   Raises:
-    UserError: a configuration that is wrong or contradicts the run in `workdir`, or labels that do
-      not fit.
+    UserError: a configuration or data that are wrong or contradict the run in `workdir`, or labels
+      that do not fit.
     NonFiniteLoss: the loss is NaN or infinite.
   """
   reporting.log_to_console()
   config = _own_config(configuration.prepare(config))
-  workdir = pathlib.Path(workdir)
+  workdir = pathlib.Path(workdir).expanduser()
+  guarded = lambda name: not name.startswith(_FREE)
+  check_run(_recorded(config), workdir, guarded)
   init = functools.partial(_init_state, config)
   like = jax.eval_shape(init)  # the network refuses shapes that do not fit
   train_ds, eval_ds, _ = datasets.get_dataset(config, config.data.uniform_dequantization)
   _check_labels(train_ds.batch(0)['label'], config)
-  run_lib.make_directory(workdir)
-  configuration.record(_recorded(config), workdir, _FREE)
-  reporting.log_to_file(workdir / 'stdout.txt')
-  configuration.log_start(config)
 
-  with run_lib.open_run(workdir) as run:
+  with at_work(workdir, '--workdir'), run_lib.open_run(workdir) as run:
+    record(_recorded(config), workdir, guarded)
+    record_data(workdir, train=train_ds.source, test=eval_ds.source)
+    log_start(config)
     module = mutils.get_classifier(config.classifier.name)(**_fields(config))
     state = run_lib.restore_or_init(run.directories, like, init)
     train_step = run_lib.compile_steps(_train_step(config, module, train_ds.preprocess))

@@ -1,22 +1,17 @@
-"""Checks a configuration before anything expensive starts, and keeps it with the run."""
+"""What a configuration may hold: checked before anything expensive starts."""
 
 import difflib
-import importlib.metadata
 import json
-import pathlib
-import platform
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
-from absl import logging
 
 import controllable_generation
 import datasets
 import fast_sampling  # noqa: F401  (registers its sampling methods)
 import losses
-import reporting
 import sampling
 import sde_lib
 from configs.default_cifar10_configs import get_default_configs
@@ -37,25 +32,10 @@ LEGACY: dict[str, Callable[[Any], Any]] = {
 # Keys that only some data sets read; a configuration may keep them beside another data set.
 _DATA_KEYS = ('tfrecords_path', 'category')
 
-# Fields that may change when a run goes on: they do not alter the training itself.
-FREE = (
-  'training.n_iters',
-  'training.log_freq',
-  'training.eval_freq',
-  'training.n_jitted_steps',
-  'training.snapshot_freq_for_preemption',
-  'training.snapshot_sampling',
-  'sampling.',
-  'eval.',
-  'likelihood.',
-  'classifier.',
-)
-
 # Streams of random numbers, each a fold of the seed; new ones come last.
 STREAMS = ('init', 'train', 'eval', 'sample', 'sample_mode', 'bpd')
 
 FREQUENCIES = ('log_freq', 'eval_freq', 'snapshot_freq', 'snapshot_freq_for_preemption')
-PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
 def prepare(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -208,7 +188,7 @@ def stream(config: Any, name: str) -> jax.Array:
 def flatten(config: Any) -> dict[str, Any]:
   """Leaves by dotted name, as JSON stores them."""
   flat = {}
-  for key, value in json.loads(json.dumps(_plain(config))).items():
+  for key, value in json.loads(json.dumps(plain(config))).items():
     if isinstance(value, dict):
       flat |= {f'{key}.{name}': leaf for name, leaf in flatten(value).items()}
     else:
@@ -216,74 +196,6 @@ def flatten(config: Any) -> dict[str, Any]:
   return flat
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def plain(config: Any) -> dict[str, Any]:
+  """A configuration, or what has been read from `config.json`, as nested dictionaries."""
   return config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-
-
-def record(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, free: tuple[str, ...] = FREE
-) -> None:
-  """Writes `config.json` and `versions.json` to the working directory.
-
-  Raises:
-    UserError: as `check_run`.
-  """
-  check_run(config, workdir, free)
-  if jax.process_index() == 0:
-    data = json.dumps(_plain(config), indent=2).encode()
-    reporting.write_atomic(workdir / 'config.json', data)
-    reporting.write_atomic(workdir / 'versions.json', json.dumps(versions(), indent=2).encode())
-
-
-def check_run(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, free: tuple[str, ...] = FREE
-) -> None:
-  """Checks that the working directory is not that of another run.
-
-  Args:
-    config: of this run; one of a classifier has no section `model`.
-    workdir: its directory.
-    free: beginnings of the names of fields that may differ.
-
-  Raises:
-    UserError: if it belongs to a run whose configuration contradicts this one.
-  """
-  path = workdir / 'config.json'
-  if path.exists():
-    recorded = json.loads(path.read_text())
-    if ('model' in recorded) != ('model' in config):
-      kinds = ['a classifier', 'a score network']
-      raise UserError(
-        f'{workdir} holds a run of {kinds["model" in recorded]}, not of '
-        f'{kinds["model" in config]}: use another --workdir.'
-      )
-    old, new = flatten(recorded), flatten(config)
-    differing = [
-      f'{key} (was {old.get(key)!r}, is {new.get(key)!r})'
-      for key in sorted(old.keys() | new.keys())
-      if old.get(key) != new.get(key) and not key.startswith(free)
-    ]
-    if differing:
-      raise UserError(
-        f'{workdir} holds a run with another configuration: {", ".join(differing)}; '
-        f'use those values or another --workdir.'
-      )
-
-
-def versions() -> dict[str, str]:
-  """Versions of what the numbers of a run depend on."""
-  found = {name: importlib.metadata.version(name) for name in PACKAGES}
-  return {'python': platform.python_version(), 'machine': platform.machine(), **found}
-
-
-def log_start(config: ml_collections.ConfigDict) -> None:
-  logging.info('versions: %s', versions())
-  logging.info(
-    'devices: %d x %s in %d processes; model: %s; SDE: %s; data: %s',
-    jax.device_count(),
-    jax.default_backend(),
-    jax.process_count(),
-    config.model.name,
-    config.training.sde,
-    config.data.dataset,
-  )

@@ -30,11 +30,11 @@ import parallelism
 import reporting
 import run_lib
 import torch_file
-from checkpoints import CheckpointDirectory, DamagedCheckpoint
 from errors import UserError
 from losses import State
 from models import utils as mutils
 from registry import Registry
+from runtime.workdir import at_work, check_run, load_weights, log_start, record
 
 # Arrays by the path of their parameter, as in 'ResnetBlockBigGANpp_0/Conv_0/kernel'.
 Arrays = Mapping[str, np.ndarray]
@@ -302,10 +302,10 @@ def import_checkpoint(
   """
   reporting.log_to_console()
   config = configuration.prepare(config)
-  workdir = pathlib.Path(workdir)
+  workdir = pathlib.Path(workdir).expanduser()
   if _has_checkpoints(workdir):
     raise UserError(f'--workdir={workdir} already has checkpoints: import into a new one.')
-  configuration.check_run(config, workdir)
+  check_run(config, workdir)
   state = parallelism.replicate(read_state(config, checkpoint))
   step, n_jitted_steps = int(state.step), config.training.n_jitted_steps
   if step % n_jitted_steps:
@@ -314,18 +314,13 @@ def import_checkpoint(
       f'add --config.training.n_jitted_steps=1.'
     )
 
-  run_lib.make_directory(workdir)
-  configuration.record(config, workdir)
-  reporting.log_to_file(workdir / 'stdout.txt')
-  configuration.log_start(config)
   number = -(-step // config.training.snapshot_freq)
-  with (
-    CheckpointDirectory(workdir / 'checkpoints') as snapshots,
-    CheckpointDirectory(workdir / 'checkpoints-meta', keep=2) as latest,
-  ):
-    snapshots.save(number, state)
-    latest.save(step, state)
-    logging.info('Imported %s, step %d, as %s.', checkpoint, step, snapshots.path(number))
+  with at_work(workdir, '--workdir'), run_lib.open_run(workdir) as run:
+    record(config, workdir)
+    log_start(config)
+    run.snapshots.save(number, state)
+    run.latest.save(step, state)
+    logging.info('Imported %s, step %d, as %s.', checkpoint, step, run.snapshots.path(number))
   return state
 
 
@@ -480,30 +475,11 @@ def export_checkpoint(
   """
   reporting.log_to_console()
   config = configuration.prepare(config)
-  workdir = pathlib.Path(workdir)
-  if not _has_checkpoints(workdir):
-    raise UserError(f'--workdir={workdir} has no checkpoints to export: give that of a run.')
-  configuration.check_run(config, workdir)
-  _, like = losses.abstract_state(config)
-  with (
-    CheckpointDirectory(workdir / 'checkpoints') as snapshots,
-    CheckpointDirectory(workdir / 'checkpoints-meta', keep=2) as latest,
-  ):
-    if number is None:
-      state = checkpoints.restore_newest([latest, snapshots], like)
-    elif number not in snapshots.numbers():
-      raise UserError(
-        f'--checkpoint_number={number} is not in {workdir}/checkpoints: choose one of '
-        f'{snapshots.numbers()}.'
-      )
-    else:
-      try:
-        state = snapshots.restore(number, like)
-      except DamagedCheckpoint as error:
-        raise UserError(f'{error} Choose another --checkpoint_number.') from error
+  workdir = pathlib.Path(workdir).expanduser()
+  _, state = load_weights(config, workdir, number)
 
   step = int(state.step)
-  path = pathlib.Path(checkpoint or workdir / f'export_{step}.safetensors')
+  path = pathlib.Path(checkpoint or workdir / f'export_{step}.safetensors').expanduser()
   if path.exists():
     raise UserError(f'--checkpoint={path} exists: choose another name for the export.')
   variables = {'params': state.params_ema, **state.model_state}

@@ -30,6 +30,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
+import checkpoints
 import configuration
 import datasets
 import evaluation
@@ -40,9 +41,10 @@ import parallelism
 import reporting
 import sampling
 import sde_lib
-from checkpoints import CheckpointDirectory
+from checkpoints import CheckpointReader
 from errors import UserError
 from losses import State
+from runtime.workdir import at_work, check_run, log_start, of_model
 from sde_lib import SDE
 
 # Settings that all numbers depend on, by the beginning of their names.
@@ -53,32 +55,40 @@ def evaluate(config: Any, workdir: pathlib.Path, eval_folder: str) -> None:
   """See `run_lib.evaluate`."""
   folder = workdir / eval_folder
   wanted = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
+  check_run(config, workdir, _of_evaluation)
   _check_range(config, workdir, wanted)
-  reporting.check_writable(folder, f'--eval_folder={eval_folder}')
+  snapshots = CheckpointReader(workdir / 'checkpoints')
+  _check_first(config, snapshots, wanted)
   sde = sde_lib.get_sde(config)
   model, like = losses.abstract_state(config)
+  like = checkpoints.weights_only(like)
   tasks = [
     make(config, folder, sde, model)
     for name, make in _TASKS.items()
     if config.eval[f'enable_{name}']
   ]
-  report = Report(folder, {task.name: task.settings() for task in tasks})
-  with CheckpointDirectory(workdir / 'checkpoints') as snapshots:
-    _check_first(config, snapshots, wanted)
-    reporting.log_to_file(folder / 'stdout.txt')
-    configuration.log_start(config)
+  with at_work(folder, f'--eval_folder={eval_folder}'):
+    log_start(config)
+    report = Report(folder, {task.name: task.settings() for task in tasks})
     for number in wanted:
       _wait_for(config, snapshots, number)
       step = snapshots.step(number)
       report.open(number, step, snapshots.identity(number))
       due = [task for task in tasks if not parallelism.from_first_process(task.is_done(number))]
-      state = snapshots.restore(number, like) if due else None
+      state = checkpoints.restore(snapshots, number, like) if due else None
       for task in due:
         start = time.monotonic()
         task.run(number, state)
         seconds = time.monotonic() - start
         logging.info('checkpoint: %d, step: %d, %s: %.1f s', number, step, task.name, seconds)
       report.close(number, tasks)
+
+
+def _of_evaluation(name: str) -> bool:
+  """Whether a field has to be that of the run for the numbers to be those of the run."""
+  return of_model(name) or name.startswith(
+    ('data.dataset', 'data.category', 'training.reduce_mean', 'training.likelihood_weighting')
+  )
 
 
 def _check_range(config: Any, workdir: pathlib.Path, wanted: range) -> None:
@@ -99,7 +109,7 @@ def _check_range(config: Any, workdir: pathlib.Path, wanted: range) -> None:
     )
 
 
-def _check_first(config: Any, snapshots: CheckpointDirectory, wanted: range) -> None:
+def _check_first(config: Any, snapshots: CheckpointReader, wanted: range) -> None:
   """Without waiting, all must be there before anything is computed."""
   missing = [number for number in wanted if number not in snapshots.numbers()]
   if missing and not config.eval.wait_seconds:
@@ -109,7 +119,7 @@ def _check_first(config: Any, snapshots: CheckpointDirectory, wanted: range) -> 
     )
 
 
-def _wait_for(config: Any, snapshots: CheckpointDirectory, number: int) -> None:
+def _wait_for(config: Any, snapshots: CheckpointReader, number: int) -> None:
   seconds = config.eval.wait_seconds
   if number not in snapshots.numbers():
     logging.info('Waiting up to %d s for checkpoint %d.', seconds, number)

@@ -5,9 +5,10 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from PIL import Image
 
 import parallelism
 from errors import UserError
+
+MAX_GRID_PIXELS = 2**24
 
 
 def write_atomic(path: pathlib.Path, data: bytes) -> None:
@@ -55,6 +58,15 @@ def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
   write_atomic(path, buffer.getvalue())
 
 
+def check_finite(values: np.ndarray, what: str, step: int) -> None:
+  """Raises `FloatingPointError` for what would else spoil a mean or turn into grey levels."""
+  if not np.isfinite(values).all():
+    raise FloatingPointError(
+      f'{what} of the checkpoint of step {step} are not finite: has its training diverged? Take an '
+      f'earlier one, or a method with more steps.'
+    )
+
+
 def to_uint8(images: np.ndarray) -> np.ndarray:
   """From [0, 1] to grey levels by truncation, as the published samples were made.
 
@@ -63,8 +75,18 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
   return np.clip(np.asarray(images) * 255.0 + 1e-3, 0, 255).astype(np.uint8)
 
 
+def grid_capacity(image_shape: tuple[int, ...]) -> int:
+  """How many images (H, W, C) a grid shows, so that it stays a file that one can open."""
+  height, width = image_shape[:2]
+  return max(1, MAX_GRID_PIXELS // (height * width))
+
+
 def image_grid(images: np.ndarray, columns: int | None = None, padding: int = 2) -> Image.Image:
-  """uint8 images (B, H, W, C) row by row in a grid, by default full and nearly square."""
+  """uint8 images (B, H, W, C) row by row in a grid, by default full and nearly square.
+
+  Of more images than `grid_capacity`, the first ones.
+  """
+  images = images[: grid_capacity(images.shape[1:])]
   count, height, width, channels = images.shape
   root = int(np.ceil(np.sqrt(count)))
   columns = columns or next((n for n in range(root, 2 * root) if count % n == 0), root)
@@ -119,15 +141,20 @@ def write_comparison(directory: pathlib.Path, rounds: int, count: int) -> None:
 
   Where something was given, what was given, the sample and the original stand side by side.
   """
-  arrays = []
+  arrays, shown = [], count
   for number in range(rounds):
+    if sum(map(len, arrays)) >= shown:
+      break
     with np.load(directory / f'samples_{number}.npz') as file:
       keys = [key for key in ('given', 'samples', 'originals') if key in file]
       arrays.append(np.stack([file[key] for key in keys], axis=1))
-  images = np.concatenate(arrays)[:count]
+      shown = min(count, max(1, grid_capacity(arrays[0].shape[2:]) // len(keys)))
+  images = np.concatenate(arrays)[:shown]
   flat = images.reshape(-1, *images.shape[2:])
-  columns = len(keys) * max(1, int(np.sqrt(count / len(keys)))) if len(keys) > 1 else None
+  columns = len(keys) * max(1, int(np.sqrt(shown / len(keys)))) if len(keys) > 1 else None
   write_png(directory / 'grid.png', image_grid(flat, columns))
+  if shown < count:
+    logging.info('grid.png shows the first %d of %d samples.', shown, count)
 
 
 class SamplingProgress:
@@ -150,6 +177,14 @@ class SamplingProgress:
       self.frames.append(to_uint8(parallelism.to_host(x())))
 
 
+def _step_of(line: str) -> int | None:
+  """The step of a line of `metrics.jsonl`; None if it is no such line."""
+  try:
+    return int(json.loads(line)['step'])
+  except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
+    return None
+
+
 class MetricWriter(contextlib.AbstractContextManager):
   """Numbers over training steps: to the log, `metrics.jsonl` and TensorBoard.
 
@@ -163,7 +198,7 @@ class MetricWriter(contextlib.AbstractContextManager):
     self._path = workdir / 'metrics.jsonl'
     if self._active:
       write_atomic(self._path, ''.join(self._lines_until(start_step)).encode())
-      self._file = self._path.open('a')
+      self._file = self._path.open('a', encoding='utf-8')
       self._tensorboard = tensorboardX.SummaryWriter(
         str(workdir / 'tensorboard'), purge_step=start_step + 1 if start_step else None
       )
@@ -171,9 +206,19 @@ class MetricWriter(contextlib.AbstractContextManager):
   def _lines_until(self, step: int) -> list[str]:
     if not self._path.exists():
       return []
-    lines = self._path.read_text().splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith('\n')]
-    return [line for line in complete if json.loads(line)['step'] <= step]
+    text = self._path.read_text(encoding='utf-8', errors='replace')
+    lines = [(line, _step_of(line)) for line in text.split('\n')[:-1]]  # the last may be half one
+    if garbage := [line for line, found in lines if found is None]:
+      kept = self._path.with_name('metrics-damaged.jsonl')
+      shutil.copyfile(self._path, kept)
+      logging.warning(
+        '%s has %d lines that are no metrics, such as %.40r: they are left out, and kept in %s.',
+        self._path,
+        len(garbage),
+        garbage[0],
+        kept,
+      )
+    return [f'{line}\n' for line, found in lines if found is not None and found <= step]
 
   def scalar(self, name: str, value: float, step: int) -> None:
     logging.info('step: %d, %s: %.5e', step, name, value)
@@ -211,13 +256,30 @@ def log_to_console() -> None:
   _set_up(handler)
 
 
-def log_to_file(path: pathlib.Path) -> None:
-  """Appends the log to `path` as well."""
-  if jax.process_index() == 0:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.logging.FileHandler(path)
-    _set_up(handler)
-    logging.get_absl_logger().addHandler(handler)
+class _LogFile(logging.logging.FileHandler):
+  """A log that a full disk ends with one sentence; the run itself decides whether it can go on."""
+
+  def handleError(self, record: Any) -> None:
+    del record
+    logging.get_absl_logger().removeHandler(self)
+    logging.warning('The log %s ends here: %s.', self.baseFilename, sys.exc_info()[1])
+
+
+@contextlib.contextmanager
+def log_to_file(path: pathlib.Path) -> Iterator[None]:
+  """Appends the log to `path` as well, until the context ends."""
+  if jax.process_index() != 0:
+    yield
+    return
+  handler = _LogFile(path, encoding='utf-8')
+  _set_up(handler)
+  logger = logging.get_absl_logger()
+  logger.addHandler(handler)
+  try:
+    yield
+  finally:
+    logger.removeHandler(handler)
+    handler.close()
 
 
 def _set_up(handler: Any) -> None:

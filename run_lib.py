@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,8 +27,8 @@ import sampling
 import sampling_run
 import sde_lib
 from checkpoints import CheckpointDirectory
-from errors import UserError
 from losses import State
+from runtime.workdir import at_work, check_run, log_start, record, record_data
 from sde_lib import SDE
 
 
@@ -36,42 +37,46 @@ class NonFiniteLoss(FloatingPointError):
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Trains, or goes on training, the configured network.
+  """Trains the configured network, or resumes its training.
 
   Leaves in `workdir`: `checkpoints/` (every `training.snapshot_freq` steps, all kept),
-  `checkpoints-meta/` (the latest states, where the same command continues), `samples/`,
-  `metrics.jsonl`, `tensorboard/`, `config.json`, `versions.json` and `stdout.txt`.
+  `checkpoints-meta/` (the latest states, where the same command resumes), `samples/`,
+  `metrics.jsonl`, `tensorboard/`, `config.json`, `data.json`, `versions.json` and `stdout.txt`.
 
   Every batch and every random number is a function of the seed and the step, so a run that was
   killed continues to the same bits.
 
   Raises:
-    UserError: a configuration that is wrong or contradicts the run in `workdir`.
+    UserError: a configuration or data that are wrong or contradict the run in `workdir`, or another
+      process that is at work there.
     NonFiniteLoss: the loss is NaN or infinite.
   """
   reporting.log_to_console()
   config = configuration.prepare(config)
-  workdir = pathlib.Path(workdir)
-  make_directory(workdir)
-  configuration.record(config, workdir)
-  reporting.log_to_file(workdir / 'stdout.txt')
-  configuration.log_start(config)
-
+  workdir = pathlib.Path(workdir).expanduser()
+  check_run(config, workdir)
   train_ds, eval_ds, _ = datasets.get_dataset(config, config.data.uniform_dequantization)
   sde = sde_lib.get_sde(config)
-  with open_run(workdir) as run:
-    model, state = _initial_state(config, run.directories)
-    train_step = compile_train_step(config, sde, model, train_ds.preprocess)
-    eval_step = compile_eval_step(config, sde, model, eval_ds.preprocess)
-    draw = SampleDrawer(config, workdir, sde, model, lambda: run.preemption.requested(agreed=False))
 
-    def evaluate(state: State, step: int, metrics: reporting.MetricWriter) -> None:
-      images = eval_ds.batch(step // config.training.eval_freq)['image']
-      batch = parallelism.global_batch(images)
-      metrics.scalar('eval_loss', float(eval_step(state, batch)), step)
+  with at_work(workdir, '--workdir'):
+    record(config, workdir)
+    record_data(workdir, train=train_ds.source, test=eval_ds.source)
+    log_start(config)
+    with open_run(workdir) as run:
+      model, state = _initial_state(config, run.directories)
+      train_step = compile_train_step(config, sde, model, train_ds.preprocess)
+      eval_step = compile_eval_step(config, sde, model, eval_ds.preprocess)
+      draw = SampleDrawer(
+        config, workdir, sde, model, lambda: run.preemption.requested(agreed=False)
+      )
 
-    batches = (batch['image'] for batch in train_ds.iterate(int(state.step)))
-    train_loop(config.training, run, state, batches, train_step, evaluate, draw)
+      def evaluate(state: State, step: int, metrics: reporting.MetricWriter) -> None:
+        images = eval_ds.batch(step // config.training.eval_freq)['image']
+        batch = parallelism.global_batch(images)
+        metrics.scalar('eval_loss', float(eval_step(state, batch)), step)
+
+      batches = (batch['image'] for batch in train_ds.iterate(int(state.step)))
+      train_loop(config.training, run, state, batches, train_step, evaluate, draw)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +104,8 @@ class Run:
 def open_run(workdir: pathlib.Path) -> Iterator[Run]:
   """Opens the checkpoint directories of a run and takes its signals; waits for the last save."""
   with (
-    CheckpointDirectory(workdir / 'checkpoints') as snapshots,
-    CheckpointDirectory(workdir / 'checkpoints-meta', keep=2) as latest,
+    CheckpointDirectory(workdir / checkpoints.DIRECTORIES[0]) as snapshots,
+    CheckpointDirectory(workdir / checkpoints.DIRECTORIES[1], keep=2) as latest,
     Preemption() as preemption,
   ):
     yield Run(workdir, snapshots, latest, preemption)
@@ -153,7 +158,7 @@ def train_loop(
       save_due = snapshot_due or step % training.snapshot_freq_for_preemption == 0
       stop = run.preemption.requested(step % training.log_freq == 0)
       if step % training.log_freq == 0 or save_due or stop:
-        loss = _check_finite(unchecked, step)
+        loss = _check_finite(unchecked, step, run)
         unchecked = []
       if step % training.log_freq == 0:
         metrics.scalar('training_loss', loss, step)
@@ -166,24 +171,10 @@ def train_loop(
       if save_due or stop:
         run.latest.save(step, state)
       if stop:
-        logging.info('Stopped by a signal at step %d; the same command continues.', step)
+        logging.info('Stopped by a signal at step %d; the same command resumes.', step)
         return None
   logging.info('Training is complete at step %d.', step)
   return state
-
-
-def make_directory(path: pathlib.Path) -> None:
-  """Makes a working directory.
-
-  Raises:
-    UserError: if that cannot be done.
-  """
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f'--workdir={path} cannot be made ({error.strerror}): choose another.'
-    ) from error
 
 
 def _is_snapshot(step: int, last: int, frequency: int) -> bool:
@@ -201,7 +192,7 @@ def restore_or_init(
   directories: list[CheckpointDirectory], like: State, init: Callable[[], State]
 ) -> State:
   """The newest saved state, shaped as `like`, or else that of `init`, on all devices."""
-  state = checkpoints.restore_newest(directories, like)
+  state = checkpoints.resume(directories, like)
   if state is None:
     state = parallelism.replicate(init())
   count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -209,7 +200,7 @@ def restore_or_init(
   return state
 
 
-def _check_finite(chunks: list[jax.Array], step: int) -> float:
+def _check_finite(chunks: list[jax.Array], step: int, run: Run) -> float:
   """The last of the losses up to `step`.
 
   Raises:
@@ -218,9 +209,11 @@ def _check_finite(chunks: list[jax.Array], step: int) -> float:
   values = np.concatenate([np.atleast_1d(np.asarray(chunk)) for chunk in chunks])
   bad = np.flatnonzero(~np.isfinite(values))
   if len(bad):
+    saved = any(directory.numbers() for directory in run.directories)
     raise NonFiniteLoss(
-      f'training_loss is {values[bad[0]]} at step {step - len(values) + 1 + bad[0]}; the '
-      f'checkpoints hold earlier steps. Lower the learning rate, lengthen the warm-up or check '
+      f'training_loss is {values[bad[0]]} at step {step - len(values) + 1 + bad[0]}'
+      f'{"; the checkpoints hold earlier steps" if saved else ""}. Start again in a new --workdir '
+      f'with a lower optim.lr, a longer optim.warmup or a smaller optim.grad_clip, or check '
       f'the data.'
     )
   return float(values[-1])
@@ -360,6 +353,9 @@ class SampleDrawer:
     except _Interrupted:
       return False
     samples = parallelism.to_host(samples)
+    if not np.isfinite(samples).all():
+      logging.warning('step: %d, the samples are not finite: they are shown as black.', step)
+      samples = np.nan_to_num(samples)
     if jax.process_index() == 0:
       reporting.write_samples(directory, samples)
     metrics.images('samples', samples, step)
@@ -379,9 +375,10 @@ class Preemption:
 
   def __enter__(self) -> 'Preemption':
     self._signalled = False
-    self._previous = {
-      number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    # Only the main thread may handle signals; a training elsewhere is stopped by its caller.
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+    self._previous = {number: signal.signal(number, self._handle) for number in numbers}
     return self
 
   def _handle(self, number: int, frame: Any) -> None:
@@ -418,7 +415,7 @@ def sample(
   """
   reporting.log_to_console()
   config = configuration.prepare(config)
-  sampling_run.sample(config, pathlib.Path(workdir), checkpoint_number)
+  sampling_run.sample(config, pathlib.Path(workdir).expanduser(), checkpoint_number)
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str, eval_folder: str = 'eval') -> None:
@@ -434,7 +431,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, eval_folder: str =
   """
   reporting.log_to_console()
   config = configuration.prepare(config)
-  evaluation_run.evaluate(config, pathlib.Path(workdir), eval_folder)
+  evaluation_run.evaluate(config, pathlib.Path(workdir).expanduser(), eval_folder)
 
 
 def make_stats(config: ml_collections.ConfigDict) -> None:
@@ -445,5 +442,5 @@ def make_stats(config: ml_collections.ConfigDict) -> None:
   """
   reporting.log_to_console()
   config = configuration.prepare(config)
-  configuration.log_start(config)
+  log_start(config)
   evaluation.write_stats(config)

@@ -1,40 +1,39 @@
 """Samples of a trained run under a task, in rounds that survive a kill.
 
-A round is a batch of `sampling.batch_size`. The random numbers depend on the seed and the round, or
-with `sampling.per_image_seeds` the image, only; a run that was killed goes on with the round that
-it was in.
+A round is a batch of `sampling.batch_size`, of which the last keeps what is left of
+`sampling.num_samples`. The random numbers depend on the seed and the round, or with
+`sampling.per_image_seeds` the image, only; a run that was killed resumes with its round.
 
   samples_<R>.npz     uint8 images and labels; where test images are used, also what was given of
                       them, and the originals
-  settings.json       the configuration of sampling and data; other settings are refused
+  settings.json       the checkpoint and the settings that the samples depend on; others are refused
   report_<R>.json     task, method, step, seed, network calls, seconds; written last
   grid.png            what was given, the sample and the original side by side
   trajectory.gif/png  with `sampling.trajectory_every`: the first round on its way
 """
 
+import hashlib
 import json
 import pathlib
 import time
+import zipfile
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 import tqdm
 from absl import logging
 
-import checkpoints
 import configuration
 import controllable_generation
 import datasets
-import losses
 import parallelism
 import reporting
 import sampling
 import sde_lib
-from checkpoints import CheckpointDirectory
 from errors import UserError
 from losses import State
+from runtime.workdir import at_work, differences, load_weights, of_model, read_json
 from sde_lib import SDE
 
 
@@ -42,78 +41,69 @@ def sample(config: Any, workdir: pathlib.Path, checkpoint_number: int | None) ->
   """See `run_lib.sample`."""
   sde = sde_lib.get_sde(config)
   draw = RoundDrawer(config, sde)
-  model, state = trained_state(config, workdir, checkpoint_number)
+  model, state = load_weights(config, workdir, checkpoint_number)
   settings = config.sampling
   name = f'{settings.task}_{settings.method}_step_{int(state.step)}_seed_{config.seed}'
   directory = workdir / 'samples' / name.lower()
-  _record_settings(directory, config)
-  rounds = -(-settings.num_samples // settings.batch_size)
   sampler = sampling.get_sampling_fn(config, sde, model, draw.shape, draw.inverse_scaler)
-  with tqdm.tqdm(total=rounds * draw.calls, unit='call', disable=None) as bar:
-    for number in range(rounds):
-      done = (directory / f'report_{number}.json').exists()
-      if not parallelism.from_first_process(done):
-        draw(sampler, state, number, directory, bar)
-      bar.update((number + 1) * draw.calls - bar.n)
-  if jax.process_index() == 0:
-    reporting.write_comparison(directory, rounds, settings.num_samples)
-  logging.info('%d samples: %s', settings.num_samples, directory)
+  with at_work(directory, '--workdir'):
+    _record_settings(directory, config, state)
+    sizes = round_sizes(settings.num_samples, settings.batch_size)
+    with tqdm.tqdm(total=len(sizes) * draw.calls, unit='call', disable=None) as bar:
+      for number, size in enumerate(sizes):
+        if not parallelism.from_first_process(_is_done(directory, number, size)):
+          draw(sampler, state, number, size, directory, bar)
+        bar.update((number + 1) * draw.calls - bar.n)
+    if jax.process_index() == 0:
+      reporting.write_comparison(directory, len(sizes), settings.num_samples)
+    logging.info('%d samples: %s', settings.num_samples, directory)
 
 
-def _record_settings(directory: pathlib.Path, config: Any) -> None:
+def round_sizes(count: int, batch_size: int) -> list[int]:
+  """How many samples each round keeps: whole batches, and what is left in the last."""
+  return [min(batch_size, count - start) for start in range(0, count, batch_size)]
+
+
+def _is_done(directory: pathlib.Path, number: int, size: int) -> bool:
+  """Whether a round has been written, with at least `size` samples."""
+  try:
+    report = read_json(directory / f'report_{number}.json', '')
+  except UserError:
+    return False
+  whole = zipfile.is_zipfile(directory / f'samples_{number}.npz')
+  return whole and isinstance(report.get('samples'), int) and report['samples'] >= size
+
+
+def _record_settings(directory: pathlib.Path, config: Any, state: State) -> None:
   """Writes `settings.json`.
 
   Raises:
     UserError: if the directory holds samples of other settings.
   """
   path = directory / 'settings.json'
-  settings = configuration.flatten(
-    {'sampling': config.sampling.to_dict(), 'data': config.data.to_dict()}
-  )
-  free = ('sampling.num_samples', 'sampling.trajectory_every')
-  settings = {key: value for key, value in settings.items() if key not in free}
+  settings = {'checkpoint': weights_checksum(state)}
+  for name, value in configuration.flatten(config).items():
+    if name.startswith(('sampling.', 'data.', 'classifier.checkpoint')) or of_model(name):
+      settings[name] = value
+  for free in ('num_samples', 'trajectory_every'):
+    del settings[f'sampling.{free}']
   if path.exists():
-    old = json.loads(path.read_text())
-    differing = [
-      f'{key} (was {old.get(key)!r}, is {settings.get(key)!r})'
-      for key in sorted(old.keys() | settings.keys())
-      if old.get(key) != settings.get(key)
-    ]
-    if differing:
+    old = read_json(path, f'remove {directory}, or set another --config.seed')
+    if differing := differences(old, settings, lambda name: True):
       raise UserError(
-        f'{directory} holds samples of other settings: {", ".join(differing)}; set another '
-        f'--config.seed, or remove it.'
+        f'{directory} holds samples of other settings: {differing}; set another --config.seed, or '
+        f'remove it.'
       )
   elif jax.process_index() == 0:
     reporting.write_atomic(path, json.dumps(settings, indent=2).encode())
 
 
-def trained_state(
-  config: Any, workdir: pathlib.Path, number: int | None
-) -> tuple[nn.Module, State]:
-  """The network and a saved state of the run.
-
-  Raises:
-    UserError: if there is none.
-  """
-  model, like = losses.abstract_state(config)
-  if not (workdir / 'checkpoints').is_dir():
-    raise UserError(f'--workdir={workdir} holds no checkpoints/: train there first, or import.')
-  with (
-    CheckpointDirectory(workdir / 'checkpoints') as snapshots,
-    CheckpointDirectory(workdir / 'checkpoints-meta', keep=2) as latest,
-  ):
-    if number is not None and number not in snapshots.numbers():
-      raise UserError(
-        f'--checkpoint_number={number} is not in {workdir}/checkpoints: it has '
-        f'{snapshots.numbers()}.'
-      )
-    if number is not None:
-      return model, snapshots.restore(number, like)
-    state = checkpoints.restore_newest([latest, snapshots], like)
-  if state is None:
-    raise UserError(f'--workdir={workdir} holds no checkpoint: train there first, or import.')
-  return model, state
+def weights_checksum(state: State) -> str:
+  """Tells the weights that samples are drawn with from others of the same step."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves((state.params_ema, state.model_state)):
+    digest.update(np.ascontiguousarray(leaf))
+  return digest.hexdigest()[:16]
 
 
 class RoundDrawer:
@@ -149,9 +139,11 @@ class RoundDrawer:
     sampler: sampling.Sampler,
     state: State,
     number: int,
+    size: int,
     directory: pathlib.Path,
     bar: tqdm.tqdm,
   ) -> None:
+    """Draws round `number` and writes its first `size` samples."""
     index = number * self.shape[0] + np.arange(self.shape[0])
     originals, labels = self._examples(index)
     images = self._scaler(originals / np.float32(255))
@@ -161,14 +153,16 @@ class RoundDrawer:
     watch = reporting.SamplingProgress(bar, self.calls, every)
     start = time.perf_counter()
     samples, nfe = sampler(rng, state, condition=parallelism.replicate(condition), watch=watch)
-    samples = reporting.to_uint8(parallelism.to_host(samples))
+    samples = parallelism.to_host(samples)
+    reporting.check_finite(samples, 'samples', int(state.step))
+    samples = reporting.to_uint8(samples)[:size]
     seconds = time.perf_counter() - start
     if jax.process_index() != 0:
       return
-    arrays = {'samples': samples, 'labels': labels}
+    arrays = {'samples': samples, 'labels': labels[:size]}
     if self._source is not None:
       given = self.inverse_scaler(self._task.given(condition, images))
-      arrays |= {'given': reporting.to_uint8(given), 'originals': originals}
+      arrays |= {'given': reporting.to_uint8(given)[:size], 'originals': originals[:size]}
     reporting.write_npz(directory / f'samples_{number}.npz', **arrays)
     if watch.frames:
       reporting.write_trajectory(directory, watch.frames)
@@ -181,7 +175,7 @@ class RoundDrawer:
       'samples': len(samples),
       'nfe': nfe,
       'seconds': round(seconds, 3),
-      'labels': labels.tolist(),
+      'labels': labels[:size].tolist(),
     }
     text = json.dumps(report, indent=2).encode()
     reporting.write_atomic(directory / f'report_{number}.json', text)

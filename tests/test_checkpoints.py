@@ -1,5 +1,7 @@
 """Checkpoints: round trips, damage, and what is never saved."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,13 @@ import pytest
 
 import checkpoints
 import losses
-from checkpoints import CheckpointDirectory, DamagedCheckpoint, NonFiniteState
+from checkpoints import (
+  CheckpointDirectory,
+  CheckpointReader,
+  DamagedCheckpoint,
+  MisfitCheckpoint,
+  NonFiniteState,
+)
 from errors import UserError
 from tests import tiny_config
 
@@ -55,6 +63,10 @@ def _lose_the_metadata(directory):
   (directory / 'metadata' / 'metadata').unlink()
 
 
+def _snapshot(directory):
+  return {path: path.stat().st_mtime_ns for path in sorted(directory.rglob('*'))}
+
+
 def test_state_survives_a_round_trip_bit_for_bit(state, tmp_path):
   with CheckpointDirectory(tmp_path) as directory:
     directory.save(3, _at(state, 30))
@@ -79,7 +91,10 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(damage, sta
     damage(latest.path(30))
     with pytest.raises(DamagedCheckpoint, match='checkpoint_30'):
       latest.restore(30, state)
+    before = _snapshot(tmp_path)
     _assert_same(checkpoints.restore_newest([latest, all_], state), _at(state, 20))
+    assert _snapshot(tmp_path) == before  # reading never writes
+    _assert_same(checkpoints.resume([latest, all_], state), _at(state, 20))
     assert latest.numbers() == [10]
     assert (tmp_path / 'meta' / 'damaged-checkpoint_30').is_dir()
     latest.save(30, _at(state, 30))  # its place is free again
@@ -122,12 +137,69 @@ def test_non_finite_state_is_never_saved(state, tmp_path):
     assert directory.numbers() == []
 
 
-def test_another_network_does_not_fit_and_says_so(state, tmp_path):
+@pytest.fixture
+def saved(state, tmp_path):
+  with CheckpointDirectory(tmp_path) as directory:
+    directory.save(1, _at(state, 10))
+    directory.save(2, _at(state, 20))
+  return CheckpointReader(tmp_path)
+
+
+def test_another_network_is_a_misfit_with_its_shapes_and_nothing_is_set_aside(saved):
   config = tiny_config.get_config()
   config.model.width = 16
-  other = losses.init_state(jax.random.PRNGKey(0), config)[1]
-  with CheckpointDirectory(tmp_path) as directory:
-    directory.save(1, state)
-    directory.wait()
-    with pytest.raises(DamagedCheckpoint, match='checkpoint_1'):
-      directory.restore(1, other)
+  _, other = losses.abstract_state(config)
+  before = _snapshot(saved.directory)
+  for restore in (checkpoints.restore_newest, checkpoints.resume):
+    with pytest.raises(MisfitCheckpoint) as raised:
+      restore([saved], other)
+    message = str(raised.value)
+    assert 'params/Conv_0/bias is float32[8] instead of float32[16]' in message
+    assert 'config.json' in message
+    assert 'damaged' not in message
+  assert _snapshot(saved.directory) == before
+
+
+def test_another_optimizer_or_other_layers_are_a_misfit_with_the_names(saved, state):
+  fewer = state.replace(params={'Conv_0': state.params['Conv_0'], 'New_0': jnp.zeros(3)})
+  with pytest.raises(MisfitCheckpoint, match='missing: params/New_0.*not of this network: params'):
+    saved.restore(1, fewer)
+
+
+def test_state_in_double_precision_is_a_misfit_that_names_the_switch(saved, state):
+  with jax.enable_x64(True):
+    double = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, 'float64'), state)
+    with pytest.raises(MisfitCheckpoint, match=r'float32\[.*float64\[.*without JAX_ENABLE_X64'):
+      checkpoints.restore_newest([saved], double)
+
+
+def test_weights_alone_are_restored_without_reading_the_optimizer(saved, state):
+  for file in _array_files(saved.path(2)):
+    assert file.exists()
+  like = checkpoints.weights_only(jax.eval_shape(lambda: state))
+  weights = checkpoints.restore_newest([saved], like)
+  assert weights.params is None
+  assert weights.opt_state is None
+  assert int(weights.step) == 20
+  _assert_same(weights.params_ema, state.params_ema)
+
+
+def test_a_checkpoint_that_a_training_deletes_meanwhile_is_passed_over(saved, state, monkeypatch):
+  read = CheckpointReader._read
+
+  def deleted_while_read(self, number, wanted):
+    if number == 2:
+      shutil.rmtree(self.path(2))
+    return read(self, number, wanted)
+
+  monkeypatch.setattr(CheckpointReader, '_read', deleted_while_read)
+  assert int(checkpoints.restore_newest([saved], state).step) == 10
+
+
+def test_unfinished_saves_are_no_checkpoints_and_can_be_removed(saved, tmp_path):
+  (tmp_path / 'checkpoint_3.orbax-checkpoint-tmp').mkdir()
+  (tmp_path / 'checkpoint_3.orbax-checkpoint-tmp' / 'half').write_text('x')
+  assert saved.numbers() == [1, 2]
+  checkpoints.remove_unfinished(tmp_path)
+  assert saved.numbers() == [1, 2]
+  assert not list(tmp_path.glob('*tmp*'))

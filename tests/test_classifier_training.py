@@ -17,6 +17,7 @@ import datasets
 import sde_lib
 from errors import UserError
 from models import utils
+from runtime.workdir import check_run
 from tests import golden_values as golden
 from tests import test_train, tiny_config
 
@@ -279,7 +280,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(trained, t
   with pytest.raises(UserError, match=r'another configuration: classifier.lr \(was 0.01'):
     training.train_classifier(config, trained)
   with pytest.raises(UserError, match='holds a run of a classifier, not of a score network'):
-    configuration.check_run(configuration.prepare(small_config()), trained)
+    check_run(configuration.prepare(small_config()), trained)
 
 
 def test_digit_classifier_that_comes_with_the_repository_has_its_recorded_accuracy():

@@ -6,6 +6,7 @@ import pytest
 import configuration
 from configs.vp import mnist_ddpmpp_continuous
 from errors import UserError
+from runtime import workdir
 
 BAD = [
   ('training.sde', 'vp', "Unknown SDE 'vp': choose one of .*subvpsde, vesde, vpsde"),
@@ -88,17 +89,17 @@ def test_absent_sections_and_keys_take_the_common_defaults():
 
 def test_run_directory_refuses_a_contradicting_configuration_and_names_the_fields(tmp_path):
   config = mnist_ddpmpp_continuous.get_config()
-  configuration.record(config, tmp_path)
+  workdir.record(config, tmp_path)
   before = (tmp_path / 'config.json').read_bytes()
   config.model.nf = 64
   config.optim.lr = 1e-4
   with pytest.raises(
     UserError, match=r'model.nf \(was \d+, is 64\), optim.lr \(was .*, is 0.0001\)'
   ):
-    configuration.record(config, tmp_path)
+    workdir.record(config, tmp_path)
   assert (tmp_path / 'config.json').read_bytes() == before
 
   config = mnist_ddpmpp_continuous.get_config()
   config.training.n_iters *= 2
   config.sampling.snr = 0.1
-  configuration.record(config, tmp_path)
+  workdir.record(config, tmp_path)

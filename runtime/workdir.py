@@ -1,0 +1,317 @@
+"""What the directory of a run is: whose it is, who is at work in it, and the state it holds.
+
+config.json     the configuration of the run, which every mode compares with its own
+data.json       fingerprints of the training and test images
+versions.json   versions of the packages
+.lock           held by the process that writes there
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from absl import logging
+
+import checkpoints
+import configuration
+import losses
+import parallelism
+import reporting
+from checkpoints import CheckpointReader
+from errors import UserError
+from losses import State
+
+try:
+  import fcntl
+except ImportError:  # Windows, where two runs in one directory go unnoticed
+  fcntl = None
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+# Fields that may change when a training resumes: they do not alter the training itself. Where the
+# data are may change too: `data.json` knows what they are.
+FREE = (
+  'training.n_iters',
+  'training.log_freq',
+  'training.eval_freq',
+  'training.n_jitted_steps',
+  'training.snapshot_freq_for_preemption',
+  'training.snapshot_sampling',
+  'model.remat',
+  'data.path',
+  'data.tfrecords_path',
+  'sampling.',
+  'eval.',
+  'likelihood.',
+  'classifier.',
+)
+
+# What samples and latent codes of a trained network depend on, and the fields of it that only
+# matter to its training or to the speed.
+MODEL = (
+  'model.',
+  'training.sde',
+  'training.continuous',
+  'data.image_size',
+  'data.num_channels',
+  'data.centered',
+)
+ONLY_TRAINING = ('model.dropout', 'model.ema_rate', 'model.remat', 'model.dtype')
+
+_TEMPORARY = re.compile(r'\..+\.(npz|json|jsonl|csv|png|gif|safetensors)-[a-z0-9_]{8}')
+
+
+def of_training(name: str) -> bool:
+  """Whether a field has to be that of the run for a training to resume."""
+  return not name.startswith(FREE)
+
+
+def of_model(name: str) -> bool:
+  """Whether a field has to be that of the run for its samples to be those of its network."""
+  return name.startswith(MODEL) and not name.startswith(ONLY_TRAINING)
+
+
+def differences(
+  old: Mapping[str, Any], new: Mapping[str, Any], guarded: Callable[[str], bool]
+) -> str:
+  """The guarded fields in which two flat configurations differ, for a message; '' if in none."""
+  return ', '.join(
+    f'{name} (was {old.get(name)!r}, is {new.get(name)!r})'
+    for name in sorted(old.keys() | new.keys())
+    if guarded(name) and old.get(name) != new.get(name)
+  )
+
+
+def read_json(path: pathlib.Path, fix: str) -> dict[str, Any]:
+  """The JSON object in a file.
+
+  Args:
+    path: of the file.
+    fix: what to do if there is none in it, to end a sentence.
+
+  Raises:
+    UserError: if the file cannot be read or holds something else.
+  """
+  try:
+    content = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError, RecursionError) as error:
+    reason = getattr(error, 'strerror', None) or ('it is empty' if _empty(path) else 'no JSON')
+    raise UserError(f'{path} cannot be read ({reason}): {fix}.') from error
+  if not isinstance(content, dict):
+    raise UserError(f'{path} holds {content!r:.40} in place of a JSON object: {fix}.')
+  return content
+
+
+def _empty(path: pathlib.Path) -> bool:
+  return path.exists() and not path.stat().st_size
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """The recorded configuration of a run; None where there is none.
+
+  Raises:
+    UserError: if the file is damaged.
+  """
+  path = workdir / 'config.json'
+  if not path.exists():
+    return None
+  fix = 'restore it from a copy, or use another --workdir'
+  recorded = read_json(path, fix)
+  if not all(isinstance(recorded.get(section), dict) for section in ('training', 'data')):
+    raise UserError(f'{path} is not the configuration of a run: {fix}.')
+  return recorded
+
+
+def check_run(
+  config: Any, workdir: pathlib.Path, guarded: Callable[[str], bool] = of_training
+) -> None:
+  """Checks that the run in a directory is the one that the configuration describes.
+
+  Args:
+    config: of this run; one of a classifier has no section `model`.
+    workdir: its directory.
+    guarded: which fields have to agree.
+
+  Raises:
+    UserError: if they do not; the message names them.
+  """
+  recorded = read_config(workdir)
+  if recorded is None:
+    return
+  if ('model' in recorded) != ('model' in config):
+    kinds = ['a classifier', 'a score network']
+    raise UserError(
+      f'{workdir} holds a run of {kinds["model" in recorded]}, not of '
+      f'{kinds["model" in config]}: use another --workdir.'
+    )
+  # A field that is newer than the run had its default.
+  new = configuration.flatten(config)
+  defaults = configuration.flatten(configuration.get_default_configs())
+  old = {name: defaults[name] for name in new if name in defaults}
+  old |= configuration.flatten(recorded)
+  if differing := differences(old, new, guarded):
+    raise UserError(
+      f'{workdir} holds a run with another configuration: {differing}; use those values or another '
+      f'--workdir.'
+    )
+
+
+def record(
+  config: Any, workdir: pathlib.Path, guarded: Callable[[str], bool] = of_training
+) -> None:
+  """Writes `config.json` and `versions.json` to the directory of a run.
+
+  Raises:
+    UserError: as `check_run`.
+  """
+  check_run(config, workdir, guarded)
+  _write_json(workdir / 'config.json', configuration.plain(config))
+  _write_json(workdir / 'versions.json', versions())
+
+
+def record_data(workdir: pathlib.Path, **sources: Any) -> None:
+  """Writes `data.json`: the fingerprints of those sources that have one, by the given names.
+
+  Raises:
+    UserError: if the run was trained on others.
+  """
+  path = workdir / 'data.json'
+  new = {name: getattr(source, 'fingerprint', None) for name, source in sources.items()}
+  if path.exists():
+    old = read_json(path, 'restore it from a copy, or remove it if the data are the same')
+    known = {name: value for name, value in old.items() if value and new.get(name)}
+    if changed := [name for name, value in known.items() if value != new[name]]:
+      raise UserError(
+        f'The images of the split {" and ".join(changed)} are not those that {workdir} was trained '
+        f'on: restore them, use another --workdir, or remove {path} to resume on what is there now.'
+      )
+    new = {name: value or old.get(name) for name, value in new.items()}
+  _write_json(path, new)
+
+
+def _write_json(path: pathlib.Path, content: Any) -> None:
+  if jax.process_index() == 0:
+    reporting.write_atomic(path, json.dumps(content, indent=2).encode())
+
+
+def versions() -> dict[str, str]:
+  """Versions of what the numbers of a run depend on."""
+  found = {name: importlib.metadata.version(name) for name in PACKAGES}
+  return {'python': platform.python_version(), 'machine': platform.machine(), **found}
+
+
+def log_start(config: Any) -> None:
+  """Logs what runs on what."""
+  logging.info('versions: %s', versions())
+  logging.info(
+    'devices: %d x %s in %d processes; model: %s; SDE: %s; data: %s',
+    jax.device_count(),
+    jax.default_backend(),
+    jax.process_count(),
+    config.model.name,
+    config.training.sde,
+    config.data.dataset,
+  )
+
+
+@contextlib.contextmanager
+def at_work(folder: pathlib.Path, setting: str) -> Iterator[None]:
+  """Makes a folder, holds it against other runs, tidies it and logs to its `stdout.txt`.
+
+  Args:
+    folder: to write to.
+    setting: what chose it, for messages.
+
+  Raises:
+    UserError: if it cannot be written to, or another run is at work in it.
+  """
+  reporting.check_writable(folder, setting)
+  with contextlib.ExitStack() as stack:
+    held = _hold(folder, stack) if jax.process_index() == 0 else True
+    if not parallelism.from_first_process(held):
+      raise UserError(
+        f'{setting}: {folder} is in use by {_holder(folder)}: wait until it has ended, stop it, or '
+        f'choose another folder.'
+      )
+    if jax.process_index() == 0:
+      _tidy(folder)
+    stack.enter_context(reporting.log_to_file(folder / 'stdout.txt'))
+    yield
+
+
+def _hold(folder: pathlib.Path, stack: contextlib.ExitStack) -> bool:
+  """Whether the folder's lock could be taken; the system frees it however this process ends."""
+  if fcntl is None:
+    return True
+  file = stack.enter_context((folder / '.lock').open('a+', encoding='utf-8'))
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError as error:
+    logging.warning('%s cannot be locked (%s): let only one run use it.', folder, error.strerror)
+    return True
+  now = datetime.datetime.now().isoformat(' ', 'seconds')
+  file.truncate(0)
+  file.write(f'process {os.getpid()} on {socket.gethostname()} since {now}')
+  file.flush()
+  return True
+
+
+def _holder(folder: pathlib.Path) -> str:
+  with contextlib.suppress(OSError, UnicodeDecodeError):
+    return (folder / '.lock').read_text(encoding='utf-8') or 'another run'
+  return 'another run'
+
+
+def _tidy(folder: pathlib.Path) -> None:
+  """Removes what a process that was killed left half written; others may work in other folders."""
+  for own in (folder, *folder.glob('samples/iter_*'), *folder.glob('ckpt_*_host_0')):
+    for path in own.glob('.*'):
+      if _TEMPORARY.fullmatch(path.name):
+        path.unlink(missing_ok=True)
+  for name in checkpoints.DIRECTORIES:
+    checkpoints.remove_unfinished(folder / name)
+
+
+def load_weights(
+  config: Any, workdir: pathlib.Path, number: int | None = None
+) -> tuple[nn.Module, State]:
+  """The network of the run in `workdir` and a saved state, without parameters beside the EMA.
+
+  Args:
+    config: of the run.
+    workdir: its directory.
+    number: which of `checkpoints/`; by default the newest state there is.
+
+  Raises:
+    UserError: if there is no such state, or the run has another configuration.
+  """
+  if read_config(workdir) is None:
+    logging.warning(
+      '%s has no config.json: the configuration is taken to be that of the run.', workdir
+    )
+  check_run(config, workdir, of_model)
+  model, like = losses.abstract_state(config)
+  like = checkpoints.weights_only(like)
+  snapshots, latest = (CheckpointReader(workdir / name) for name in checkpoints.DIRECTORIES)
+  if number is None:
+    state = checkpoints.restore_newest([latest, snapshots], like)
+    if state is None:
+      raise UserError(f'--workdir={workdir} holds no checkpoint: train there first, or import.')
+    return model, state
+  if number not in snapshots.numbers():
+    raise UserError(
+      f'--checkpoint_number={number} is not in {workdir}/checkpoints: it has {snapshots.numbers()}.'
+    )
+  return model, checkpoints.restore(snapshots, number, like)
