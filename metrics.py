@@ -68,25 +68,26 @@ def check_count(count: int) -> None:
     raise UserError(f'{count} samples have no covariance: set eval.num_samples to 2 or more.')
 
 
-def check_moments(mean: np.ndarray, covariance: np.ndarray) -> None:
-  """Raises `UserError` unless these can be the mean and the covariance of features."""
+def flaw(mean: np.ndarray, covariance: np.ndarray) -> str:
+  """Why these cannot be the mean and the covariance of features; empty if they can."""
   mean, covariance = np.float64(mean), np.float64(covariance)
   dim, tolerance = mean.size, 1e-5  # far above the rounding of single precision
   if not dim or mean.shape != (dim,) or covariance.shape != (dim, dim):
-    raise UserError(
-      f'A mean of shape {mean.shape} and a covariance of shape {covariance.shape} do not go '
-      f'together: they must be (D,) and (D, D).'
+    return (
+      f'the mean has the shape {mean.shape} and the covariance {covariance.shape}, which must be '
+      f'(D,) and (D, D)'
     )
   if not ((np.abs(mean) < _LARGEST).all() and (np.abs(covariance) < _LARGEST**2).all()):
-    raise UserError('The mean or the covariance has values that are not finite: make them again.')
+    return 'the mean or the covariance has values that are not finite'
   if np.abs(covariance - covariance.T).max() > tolerance * np.abs(covariance).max():
-    raise UserError('The covariance is not symmetric: make it again.')
+    return 'the covariance is not symmetric'
   shift = tolerance * np.trace(covariance) + np.finfo(np.float64).tiny
   try:
     # It exists if no eigenvalue is below -shift, and costs a fraction of the eigenvalues.
     np.linalg.cholesky(covariance + shift * np.eye(dim))
-  except np.linalg.LinAlgError as error:
-    raise UserError('The covariance has negative eigenvalues: make it again.') from error
+  except np.linalg.LinAlgError:
+    return 'the covariance has negative eigenvalues'
+  return ''
 
 
 def _check_rows(what: str, rows: np.ndarray, dim: int | None = None) -> None:
@@ -126,8 +127,8 @@ def frechet_distance(
   Raises:
     UserError: for what cannot be moments of features, or features of different width.
   """
-  check_moments(mean1, covariance1)
-  check_moments(mean2, covariance2)
+  if found := flaw(mean1, covariance1) or flaw(mean2, covariance2):
+    raise UserError(f'There is no FID, because {found}: make the moments again from the features.')
   if mean1.shape != mean2.shape:
     raise UserError(
       f'Moments of {mean1.size} and of {mean2.size} features cannot be compared: use one '
