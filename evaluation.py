@@ -373,7 +373,7 @@ def _read_stats(arrays: dict[str, np.ndarray], file_name: str) -> DatasetStats:
   Raises:
     ValueError: if not; the message says what is wrong.
   """
-  for name in arrays.keys() & _MATRICES:
+  for name in filter(arrays.__contains__, _MATRICES):
     array = arrays[name]
     if array.dtype.kind not in 'fiu' or not np.isfinite(array).all():
       raise ValueError(f'{name} has values that are not finite numbers')
