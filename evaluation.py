@@ -12,9 +12,11 @@ beside the name of the data that it was compared with.
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import pathlib
-import tempfile
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -51,7 +53,33 @@ _INCEPTION_URL = (
 MNIST5K_FILE = datasets.ASSETS / 'mnist5k_classifier.safetensors'
 
 _PRECISION_RECALL_SAMPLES = 10_000  # more cost the square of their number
-_SIGMA_MAX_IMAGES = 100_000
+_SIGMA_MAX_BYTES = 2**28  # of the images that are compared
+_BLOCK = 4096  # rows of features that moments take in at a time
+_DEFLATE = 1032  # how many times smaller deflate makes a file at most
+
+# What a file of statistics may have; `floor_...` besides.
+_MATRICES = ('mu', 'sigma', 'pool_3')
+_WHOLE = ('count', 'made_image_size', 'made_num_channels')
+_TEXTS = tuple(
+  f'made_{name}' for name in ('extractor', 'scaling', 'fingerprint', 'dataset', 'split', 'checksum')
+)
+_NPY_HEADERS = {
+  (1, 0): np.lib.format.read_array_header_1_0,
+  (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+# What zipfile, zlib and NumPy raise for a damaged .npz file, or one that is something else.
+UNREADABLE = (
+  OSError,
+  ValueError,
+  EOFError,
+  KeyError,
+  RuntimeError,
+  struct.error,
+  tokenize.TokenError,
+  zlib.error,
+  zipfile.BadZipFile,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +113,34 @@ class Extractor:
     return functools.partial(forward, parallelism.replicate(self.params))
 
   def extract_global(self, images: jax.Array) -> dict[str, np.ndarray]:
-    """`pool_3` and `logits` of a global array of uint8 images, in every process."""
+    """`pool_3` and `logits` of a global array of uint8 images, in every process.
+
+    Raises:
+      UserError: for images of another type, or if the network does not give what is declared.
+    """
+    if images.dtype != np.uint8:
+      raise UserError(
+        f'The extractor {self.name!r} takes grey levels of type uint8, not {images.dtype}: scale '
+        f'the images to 0...255 and round them.'
+      )
     outputs = self._compiled(images)
-    return {key: parallelism.to_host(outputs[key]) for key in ('pool_3', 'logits')}
+    pool_3, logits = (np.float32(parallelism.to_host(outputs[k])) for k in ('pool_3', 'logits'))
+    expected = (len(images), self.num_features)
+    if pool_3.shape != expected or logits.ndim != 2 or len(logits) != len(images):
+      raise UserError(
+        f'The extractor {self.name!r} gives pool_3 of shape {pool_3.shape} and logits of shape '
+        f'{logits.shape}, which must be {expected} and ({len(images)}, K): mend its forward or its '
+        f'num_features.'
+      )
+    return {'pool_3': pool_3, 'logits': logits}
 
   def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-    """The same for any number of uint8 images that every process holds."""
+    """The same for any number of uint8 images, at least one, that every process holds."""
+    if not len(images):
+      raise UserError(f'The extractor {self.name!r} was given no images: give it at least one.')
     size = self.global_batch_size()
     padding = -len(images) % size
-    padded = np.concatenate([images, np.zeros((padding, *images.shape[1:]), np.uint8)])
+    padded = np.concatenate([images, np.zeros((padding, *images.shape[1:]), images.dtype)])
     parts = [
       self.extract_global(parallelism.split(padded[start : start + size]))
       for start in range(0, len(padded), size)
@@ -263,8 +310,8 @@ def load_dataset_stats(config: Any, extractor: Extractor) -> DatasetStats:
   covariances of TTUR and ADM (`mu`, `sigma`).
 
   Raises:
-    UserError: if there is no such file, or it was made with another extractor, scaling, image size
-      or data set.
+    UserError: if there is no such file, it is damaged or holds something else, or it was made with
+      another extractor, scaling, image size or data set.
   """
   path = stats_path(config)
   published = datasets.ASSETS / 'stats' / f'{config.data.dataset.lower()}_stats.npz'
@@ -276,31 +323,104 @@ def load_dataset_stats(config: Any, extractor: Extractor) -> DatasetStats:
       f'configuration, or give a file as --config.eval.stats_path.'
     )
   try:
-    with np.load(path, allow_pickle=False) as file:
-      stats = _read_stats(file, path)
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-    raise UserError(f'{path} cannot be read ({error}): make it again with --mode=stats.') from error
+    stats = _read_stats(_load_arrays(path), path.name)
+  except UNREADABLE as error:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(
+      f'{path} cannot be read as statistics of the data ({reason}): make them again with '
+      f'--mode=stats, or give another file as --config.eval.stats_path.'
+    ) from error
   _check_stats(stats, path, config, extractor)
   return stats
 
 
-def _read_stats(file: Any, path: pathlib.Path) -> DatasetStats:
-  made = {key[5:]: file[key].item() for key in file.files if key.startswith('made_')}
-  floor = {key[6:]: file[key].item() for key in file.files if key.startswith('floor_')}
-  pool_3 = file['pool_3'] if 'pool_3' in file.files else None
+def _load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of a file that statistics are made of; what else it has is not looked at.
+
+  Raises:
+    ValueError, or another of `UNREADABLE`: if the file is damaged or something else.
+  """
+  with zipfile.ZipFile(path) as archive:
+    names = [name[:-4] for name in archive.namelist() if name.endswith('.npy')]
+    known = (*_MATRICES, *_WHOLE, *_TEXTS)
+    wanted = [name for name in names if name in known or name.startswith('floor_')]
+    if not ({'mu', 'sigma'} <= set(wanted) or 'pool_3' in wanted):
+      raise ValueError(f'it has {names[:10]}, but neither pool_3 nor mu and sigma')
+    longest = _DEFLATE * path.stat().st_size
+    return {name: _load_array(archive, name, longest) for name in wanted}
+
+
+def _load_array(archive: zipfile.ZipFile, name: str, longest: int) -> np.ndarray:
+  """One array; its length is checked first, or a header could ask for any amount of memory."""
+  entry = archive.getinfo(f'{name}.npy')
+  with archive.open(entry) as file:
+    read_header = _NPY_HEADERS.get(np.lib.format.read_magic(file))
+    if read_header is None:
+      raise ValueError(f'{name} is of a newer format than that of numeric arrays')
+    shape, _, dtype = read_header(file)
+    if dtype.hasobject:
+      raise ValueError(f'{name} holds Python objects')
+    length = file.tell() + dtype.itemsize * math.prod(shape)
+    if length != entry.file_size or length > longest:
+      raise ValueError(f'{name} is shorter or longer than its shape {shape} says')
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _read_stats(arrays: dict[str, np.ndarray], file_name: str) -> DatasetStats:
+  """What `_load_arrays` found, if it makes sense.
+
+  Raises:
+    ValueError: if not; the message says what is wrong.
+  """
+  for name in filter(arrays.__contains__, _MATRICES):
+    array = arrays[name]
+    if array.dtype.kind not in 'fiu' or not np.isfinite(array).all():
+      raise ValueError(f'{name} has values that are not finite numbers')
+  scalars = {name: _scalar(name, array) for name, array in arrays.items() if name not in _MATRICES}
+  made = {name[5:]: value for name, value in scalars.items() if name.startswith('made_')}
+  floor = {name[6:]: value for name, value in scalars.items() if name.startswith('floor_')}
+  pool_3 = arrays.get('pool_3')
   if pool_3 is not None:
+    if pool_3.ndim < 2 or pool_3.size == 0 or len(pool_3) < 2:
+      raise ValueError(f'pool_3 has the shape {pool_3.shape}, which must be (N, D), N at least 2')
     pool_3 = pool_3.reshape(len(pool_3), -1)
-  if {'mu', 'sigma'} <= set(file.files):
-    mean, covariance = file['mu'].astype(np.float64), file['sigma'].astype(np.float64)
-    count = int(file['count']) if 'count' in file.files else 0 if pool_3 is None else len(pool_3)
-  elif pool_3 is not None:
-    moments = metrics.moments(pool_3)
-    mean, covariance, count = moments.mean, moments.covariance(), moments.count
+  if 'mu' in arrays and 'sigma' in arrays:
+    mean, covariance = np.float64(arrays['mu']), np.float64(arrays['sigma'])
   else:
-    raise ValueError(f'it has {", ".join(file.files)}, but neither pool_3 nor mu and sigma')
-  name = '{dataset}/{split}'.format(**made) if made else path.name
+    moments = metrics.moments(pool_3)
+    mean, covariance = moments.mean, moments.covariance()
+  if found := metrics.flaw(mean, covariance):
+    raise ValueError(found)
+  count = scalars.get('count', 0 if pool_3 is None else len(pool_3))
+  if pool_3 is not None and pool_3.shape != (count, mean.size):
+    raise ValueError(
+      f'pool_3 has the shape {pool_3.shape}, but count and mu say ({count}, {mean.size})'
+    )
+  name = f'{made.get("dataset")}/{made.get("split")}' if made else file_name
   name = f'{name}/{count}' if count else name
   return DatasetStats(mean, covariance, count, pool_3, made, floor, name)
+
+
+def _scalar(name: str, array: np.ndarray) -> Any:
+  """A single value of the type that goes with this name.
+
+  Raises:
+    ValueError: if it is something else.
+  """
+  what, kinds = 'number', 'fiu'
+  if name in _WHOLE:
+    what, kinds = 'whole number', 'iu'
+  elif name in _TEXTS:
+    what, kinds = 'text', 'U'
+  if array.size != 1 or array.dtype.kind not in kinds:
+    raise ValueError(f'{name} is of shape {array.shape} and type {array.dtype}, not one {what}')
+  value = array.item()
+  if name == 'count' and value < 2:
+    raise ValueError(f'count is {value}, not 2 or more')
+  if name.startswith('floor_') and not np.isfinite(value):
+    raise ValueError(f'{name} is {value}, not finite')
+  return value
 
 
 def _check_stats(
@@ -341,41 +461,100 @@ def _made(config: Any, extractor: Extractor, checksum: str = '') -> dict[str, An
 def write_stats(config: Any) -> pathlib.Path:
   """Makes the statistics of `eval.stats_split`: each image once, as it is, in grey levels.
 
-  Also logs `sigma_max` for the training set. Returns where the statistics are.
+  Features are kept in memory only if they are to be in the file; so are, for `sigma_max`, at most
+  256 MiB of training images. Returns where the statistics are.
 
   Raises:
     UserError: if the weights or the data are not there, or the file cannot be written.
   """
   path = stats_path(config)
-  reporting.check_writable(path.parent, 'eval.stats_path')
+  _check_stats_settings(config, path)
   extractor = get_extractor(config)
-  size = extractor.global_batch_size()
-  source = datasets.get_source(config, config.eval.stats_split)
-  metrics.check_count(len(source))
+  size, split = extractor.global_batch_size(), config.eval.stats_split
+  source = datasets.get_source(config, split)
+  if len(source) < 2:
+    raise UserError(
+      f'The split {split!r} of {config.data.dataset} has {len(source)} images, and fewer than two '
+      f'have no covariance: set eval.stats_split, or data.path, to more.'
+    )
   dataset = datasets.Dataset(source, size, config.seed, False, lambda rng, x: x)
 
-  digest, moments, features = hashlib.sha256(), metrics.Moments(extractor.num_features), []
+  digest, images = hashlib.sha256(), TrainingImages(config, source) if split == 'train' else None
+  features = _Features(extractor.num_features, len(source), config.eval.stats_features)
   for i, batch in enumerate(tqdm.tqdm(dataset.once(), 'statistics', len(dataset), disable=None)):
-    images = parallelism.global_batch(batch['image'])
-    count = dataset.count(i)
-    digest.update(parallelism.to_host(images)[:count].tobytes())
-    pool_3 = extractor.extract_global(images)['pool_3'][:count]
-    moments.add(pool_3)
-    features.append(pool_3)
+    batch = parallelism.global_batch(batch['image'])
+    pixels = parallelism.to_host(batch)[: dataset.count(i)]
+    digest.update(pixels.tobytes())
+    features.add(extractor.extract_global(batch)['pool_3'][: len(pixels)])
+    if images is not None:
+      images.add(i * size, pixels)
+  features.finish()
+  moments = features.moments
+  floor = real_floor(extractor.name, features.halves, features.pool_3)
   arrays = {'mu': moments.mean, 'sigma': moments.covariance(), 'count': moments.count}
   arrays |= {f'made_{k}': v for k, v in _made(config, extractor, digest.hexdigest()).items()}
-  pool_3 = np.concatenate(features)
-  floor = real_floor(extractor.name, pool_3)
   arrays |= {f'floor_{k}': v for k, v in floor.items()}
-  if config.eval.stats_features:
-    arrays['pool_3'] = pool_3
+  if features.pool_3 is not None:
+    arrays['pool_3'] = features.pool_3
   if jax.process_index() == 0:
     reporting.write_npz(path, **arrays)
   logging.info('%d images of %s: %s', moments.count, config.data.dataset, path)
   for name, value in floor.items():
     logging.info('one half of them compared with the other, %s: %.6g', name, value)
-  logging.info('%s', sigma_max_line(config))
+  if config.eval.sigma_max_images:
+    logging.info('%s', images.sigma_max_line() if images else sigma_max_line(config))
   return path
+
+
+def _check_stats_settings(config: Any, path: pathlib.Path) -> None:
+  """Raises `UserError` for what --mode=stats cannot do."""
+  settings = config.eval
+  if settings.stats_split not in ('train', 'test'):
+    raise UserError(f"eval.stats_split={settings.stats_split!r} must be 'train' or 'test'.")
+  if settings.sigma_max_images < 0 or settings.sigma_max_images == 1:
+    raise UserError(
+      f'eval.sigma_max_images={settings.sigma_max_images} must be 2 or more, or 0 to leave '
+      f'sigma_max out.'
+    )
+  if path.is_dir():
+    raise UserError(f'eval.stats_path={path} is a folder: give the name of a file in it.')
+  reporting.check_writable(path.parent, 'eval.stats_path')
+
+
+class _Features:
+  """What is made of features that arrive in batches.
+
+  Args:
+    dim: number of features.
+    count: how many rows will come.
+    keep: whether to keep them.
+
+  Attributes:
+    moments: of all.
+    halves: moments of every second row, and of the others.
+    pool_3: all rows, or None.
+  """
+
+  def __init__(self, dim: int, count: int, keep: bool):
+    self.moments, self.halves = metrics.Moments(dim), (metrics.Moments(dim), metrics.Moments(dim))
+    self.pool_3 = np.empty((count, dim), np.float32) if keep else None
+    self._waiting: list[np.ndarray] = []  # many rows at a time cost little more than one
+
+  def add(self, pool_3: np.ndarray) -> None:
+    self._waiting.append(pool_3)
+    if sum(map(len, self._waiting)) >= _BLOCK:
+      self.finish()
+
+  def finish(self) -> None:
+    """Takes in what waits; call it after the last batch."""
+    if not self._waiting:
+      return
+    rows, self._waiting, start = np.concatenate(self._waiting), [], self.moments.count
+    self.moments.add(rows)
+    for k, half in enumerate(self.halves):
+      half.add(rows[(start + k) % 2 :: 2])
+    if self.pool_3 is not None:
+      self.pool_3[start : self.moments.count] = rows
 
 
 def sample_metrics(
@@ -420,15 +599,26 @@ def sample_metrics(
   return numbers, warnings
 
 
-def real_floor(extractor_name: str, pool_3: np.ndarray) -> dict[str, float]:
-  """The numbers of every second image compared with the others: what perfect samples would have."""
-  real, other = pool_3[::2], pool_3[1::2]
-  if len(other) < 2:
+def real_floor(
+  extractor_name: str,
+  halves: tuple[metrics.Moments, metrics.Moments],
+  pool_3: np.ndarray | None = None,
+) -> dict[str, float]:
+  """Numbers of every second image compared with the others: what perfect samples would have.
+
+  Args:
+    extractor_name: for the names of the numbers.
+    halves: moments of the features of every second image, and of the others.
+    pool_3: the features of all; without them there is only the FID.
+  """
+  real, other = halves
+  if other.count < 2:
     return {}
-  a, b = metrics.moments(real), metrics.moments(other)
-  fid = metrics.frechet_distance(a.mean, a.covariance(), b.mean, b.covariance())
-  name = _Names(extractor_name, len(other))('fid')
-  return {name: fid, **_feature_metrics(extractor_name, real, other)}
+  fid = metrics.frechet_distance(real.mean, real.covariance(), other.mean, other.covariance())
+  floor = {_Names(extractor_name, other.count)('fid'): fid}
+  if pool_3 is not None:
+    floor |= _feature_metrics(extractor_name, pool_3[::2], pool_3[1::2])
+  return floor
 
 
 def _feature_metrics(extractor_name: str, real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
@@ -453,36 +643,59 @@ class _Names:
     return f'{metric}_{self.extractor}_{count}'
 
 
+class TrainingImages:
+  """A seeded sample of the training images in memory: all, if `sigma_max` may look at so many.
+
+  Args:
+    config: reads `eval.sigma_max_images`, `seed` and `data`.
+    source: the training images.
+  """
+
+  def __init__(self, config: Any, source: datasets.Source):
+    shape = (config.data.image_size, config.data.image_size, config.data.num_channels)
+    count = min(len(source), config.eval.sigma_max_images, _SIGMA_MAX_BYTES // math.prod(shape))
+    rng = np.random.RandomState(config.seed)
+    self._source, self._scaler = source, datasets.get_data_scaler(config)
+    self._chosen = np.sort(rng.permutation(len(source))[:count])
+    self._pixels = np.empty((count, *shape), np.uint8)
+
+  def add(self, start: int, images: np.ndarray) -> None:
+    """Keeps those of images number `start`, `start` + 1, ... that are in the sample."""
+    first, last = np.searchsorted(self._chosen, (start, start + len(images)))
+    self._pixels[first:last] = images[self._chosen[first:last] - start]
+
+  def read(self) -> 'TrainingImages':
+    """Reads the sample, and nothing else, from the source; returns itself."""
+    for i in tqdm.tqdm(self._chosen, 'images for sigma_max', disable=None):
+      self.add(i, self._source[int(i)]['image'][None])
+    return self
+
+  def sigma_max_line(self) -> str:
+    """The line of a configuration that sets `sigma_max` for these images."""
+    low, high = self._scaler(0.0), self._scaler(1.0)
+    distance = largest_distance(self._pixels) / 255 * (high - low)
+    count, total = len(self._chosen), len(self._source)
+    whole = count == total
+    return (
+      f'config.model.sigma_max = {distance:.4g}  # largest distance between '
+      f'{count if whole else f"{count} of {total}"} training images in [{low:g}, {high:g}]'
+      f'{"" if whole else "; that of all may be larger"}'
+    )
+
+
 def sigma_max_line(config: Any) -> str:
   """The line of a configuration that sets `sigma_max` for its training images."""
-  source = datasets.get_source(config, 'train')
-  scaler = datasets.get_data_scaler(config)
-  distance = largest_distance(source) / 255 * (scaler(1.0) - scaler(0.0))
-  count = min(len(source), _SIGMA_MAX_IMAGES)
-  of = f'{count}' if count == len(source) else f'{count} of {len(source)}'
-  return (
-    f'config.model.sigma_max = {distance:.4g}  # largest distance between {of} training images '
-    f'in [{scaler(0.0):g}, 1]'
-  )
+  return TrainingImages(config, datasets.get_source(config, 'train')).read().sigma_max_line()
 
 
-def largest_distance(source: datasets.Source, block_bytes: int = 2**26) -> float:
-  """The largest Euclidean distance between two images, in grey levels.
+def largest_distance(images: np.ndarray, block_bytes: int = 2**26) -> float:
+  """The largest Euclidean distance between two of uint8 `images` (N, ...), in grey levels.
 
-  Blocks against blocks on the devices. Exact up to 100,000 images; of more, as many, evenly spaced.
+  All pairs, in blocks of `block_bytes` against blocks on the devices.
   """
-  count = min(len(source), _SIGMA_MAX_IMAGES)
-  chosen = np.linspace(0, len(source) - 1, count).astype(int)
-  dim = source[0]['image'].size
-  # Decoded once; in a file, because large images of a whole data set may not fit in memory.
-  with tempfile.TemporaryFile() as file:
-    pixels = np.memmap(file, np.uint8, 'w+', shape=(count, dim))
-    for row, i in enumerate(tqdm.tqdm(chosen, 'images for sigma_max', disable=None)):
-      pixels[row] = source[int(i)]['image'].reshape(-1)
-    return _largest_distance(pixels, max(1, min(count, block_bytes // (4 * dim))))
+  pixels = images.reshape(len(images), -1)
+  size = max(1, min(len(pixels), block_bytes // (4 * pixels.shape[1])))
 
-
-def _largest_distance(pixels: np.ndarray, size: int) -> float:
   @jax.jit
   def farthest(x, y):
     x, y = (a.astype(jnp.float32) - 127.5 for a in (x, y))

@@ -2,8 +2,9 @@
 
 Each round leaves one file, written atomically, and its random numbers are a function of the seed,
 the checkpoint's step and the round's number. So the files that exist are the state: a killed
-evaluation goes on with the first file that is missing, on any number of processes, and ends in the
-same numbers. `meta.json` remembers the settings and the checkpoints that the files belong to.
+evaluation resumes with the rounds whose files are missing or damaged, on any number of processes,
+and ends in the same numbers. `meta.json` remembers the settings and the checkpoints that the files
+belong to.
 
   ckpt_<N>_loss.npz               mean_loss, and all_losses of the batches
   <split>_ckpt_<N>_bpd_<R>.npz    bpd of the images of round R
@@ -18,10 +19,13 @@ The first process writes; the others share the computing.
 import abc
 import csv
 import io
+import itertools
 import json
+import os
 import pathlib
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -44,7 +48,8 @@ import sde_lib
 from checkpoints import CheckpointReader
 from errors import UserError
 from losses import State
-from runtime.workdir import at_work, check_run, log_start, of_model
+from runtime.settings import read_keys
+from runtime.workdir import LOCATIONS, at_work, check_run, log_start, of_model
 from sde_lib import SDE
 
 # Settings that all numbers depend on, by the beginning of their names.
@@ -53,7 +58,8 @@ _COMMON = ('seed', 'data.', 'model.', 'training.sde', 'training.continuous', 'ev
 
 def evaluate(config: Any, workdir: pathlib.Path, eval_folder: str) -> None:
   """See `run_lib.evaluate`."""
-  folder = workdir / eval_folder
+  _check_settings(config)
+  folder = _folder(workdir, eval_folder)
   wanted = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
   check_run(config, workdir, _of_evaluation)
   _check_range(config, workdir, wanted)
@@ -69,7 +75,7 @@ def evaluate(config: Any, workdir: pathlib.Path, eval_folder: str) -> None:
   ]
   with at_work(folder, f'--eval_folder={eval_folder}'):
     log_start(config)
-    report = Report(folder, {task.name: task.settings() for task in tasks})
+    report = Report(folder, tasks)
     for number in wanted:
       _wait_for(config, snapshots, number)
       step = snapshots.step(number)
@@ -89,6 +95,32 @@ def _of_evaluation(name: str) -> bool:
   return of_model(name) or name.startswith(
     ('data.dataset', 'data.category', 'training.reduce_mean', 'training.likelihood_weighting')
   )
+
+
+def _check_settings(config: Any) -> None:
+  """Refuses settings that would be ignored, or leave nothing to do."""
+  settings, task = config.eval, config.sampling.task
+  enables = [f'eval.enable_{name}' for name in _TASKS]
+  if not any(settings[f'enable_{name}'] for name in _TASKS):
+    raise UserError(f'Nothing is to be evaluated: set one of {", ".join(enables)} to True.')
+  if settings.enable_sampling and task != 'unconditional':
+    raise UserError(
+      f'sampling.task={task!r} is not for --mode=eval, which compares unconditional samples with '
+      f'the data: use --mode=sample for it, or set sampling.task=unconditional.'
+    )
+  if settings.bpd_repeats < 0:
+    raise UserError(f'eval.bpd_repeats={settings.bpd_repeats} must be 1 or more, or 0.')
+
+
+def _folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
+  """The folder called `name`, which must be one inside the working directory."""
+  root = os.path.abspath(workdir)
+  path = pathlib.Path(os.path.normpath(os.path.join(root, name)))
+  if pathlib.Path(root) not in path.parents:
+    raise UserError(
+      f"--eval_folder={name!r} must be a folder inside --workdir={workdir}, such as 'eval'."
+    )
+  return workdir / path.relative_to(root)
 
 
 def _check_range(config: Any, workdir: pathlib.Path, wanted: range) -> None:
@@ -135,6 +167,11 @@ class Task(abc.ABC):
 
   The constructor refuses what cannot be computed, before anything is.
 
+  Attributes:
+    name: in the names of its settings and files.
+    depends_on: beginnings of the names of settings that its numbers depend on.
+    source: the images that its numbers are about; None if it needs none.
+
   Args:
     config: the complete configuration.
     folder: where the files go.
@@ -144,6 +181,7 @@ class Task(abc.ABC):
 
   name: str
   depends_on: tuple[str, ...] = ()
+  source: datasets.Source | None = None
 
   def __init__(self, config: Any, folder: pathlib.Path, sde: SDE, model: nn.Module):
     self.config = config
@@ -154,7 +192,10 @@ class Task(abc.ABC):
   def settings(self) -> dict[str, Any]:
     """What the numbers depend on."""
     flat = configuration.flatten(self.config)
-    return {key: flat[key] for key in sorted(flat) if key.startswith(_COMMON + self.depends_on)}
+    names = (name for name in sorted(flat) if name.startswith(_COMMON + self.depends_on))
+    settings = {name: flat[name] for name in names if name not in LOCATIONS}
+    fingerprint = getattr(self.source, 'fingerprint', None)
+    return settings | ({'data.fingerprint': fingerprint} if fingerprint else {})
 
   @abc.abstractmethod
   def is_done(self, number: int) -> bool:
@@ -170,6 +211,8 @@ class Task(abc.ABC):
 
   def write(self, path: pathlib.Path, **arrays: np.ndarray) -> None:
     if jax.process_index() == 0:
+      if path.exists():
+        logging.warning('%s was damaged; its results have been computed again.', path)
       reporting.write_npz(path, **arrays)
 
 
@@ -178,19 +221,26 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     return dict(file)
 
 
-def _check_finite(values: np.ndarray, what: str, state: State) -> None:
-  """Raises `FloatingPointError` for what would else spoil a mean or turn into grey levels."""
-  if not np.isfinite(values).all():
-    raise FloatingPointError(
-      f'{what} of the checkpoint of step {int(state.step)} are not finite: has its training '
-      f'diverged? Evaluate an earlier one, or use a solver with more steps.'
-    )
+def _is_whole(path: pathlib.Path) -> bool:
+  """Whether a file of results is there and as it was written."""
+  try:
+    with zipfile.ZipFile(path) as file:
+      return bool(file.namelist()) and file.testzip() is None
+  except evaluation.UNREADABLE:
+    return False
 
 
-def _first_missing(paths: list[pathlib.Path]) -> int:
-  """The index of the first file that the first process does not see, or the number of files."""
-  missing = (i for i, path in enumerate(paths) if not path.exists())
-  return parallelism.from_first_process(next(missing, len(paths)))
+def _missing(paths: list[pathlib.Path]) -> list[int]:
+  """The indices of the files that the first process does not find, or finds damaged."""
+  first = jax.process_index() == 0
+  found = (parallelism.from_first_process(first and _is_whole(path)) for path in paths)
+  return [i for i, whole in enumerate(found) if not whole]
+
+
+def _progress(rounds: Iterable[Any], what: str, files: list[Any], missing: list[int]) -> tqdm.tqdm:
+  """A bar over the missing rounds that counts those that are there as well."""
+  there = len(files) - len(missing)
+  return tqdm.tqdm(rounds, what, len(files), initial=there, unit='round', disable=None)
 
 
 class Loss(Task):
@@ -203,6 +253,7 @@ class Loss(Task):
     super().__init__(config, folder, sde, model)
     dequantization = config.data.uniform_dequantization
     _, self._dataset, _ = datasets.get_dataset(config, dequantization, evaluation=True)
+    self.source = self._dataset.source
     step_fn = losses.build_step_fn(config, sde, model, train=False)
     preprocess = self._dataset.preprocess
 
@@ -218,7 +269,7 @@ class Loss(Task):
     return self.folder / f'ckpt_{number}_loss.npz'
 
   def is_done(self, number: int) -> bool:
-    return self._path(number).exists()
+    return _is_whole(self._path(number))
 
   def run(self, number: int, state: State) -> None:
     root = jax.random.fold_in(configuration.stream(self.config, 'eval'), state.step)
@@ -228,7 +279,7 @@ class Loss(Task):
       batch = parallelism.global_batch({key: batch[key] for key in ('image', 'weight')})
       values.append(float(self._batch_loss(jax.random.fold_in(root, i), state, batch)))
       counts.append(dataset.count(i))
-    _check_finite(np.asarray(values), 'losses', state)
+    reporting.check_finite(np.asarray(values), 'losses', int(state.step))
     mean = np.average(np.float64(values), weights=counts)
     self.write(self._path(number), all_losses=np.float64(values), mean_loss=mean)
 
@@ -251,6 +302,7 @@ class BitsPerDim(Task):
     if self._split not in splits:
       raise UserError(f"eval.bpd_dataset={self._split!r} must be 'train' or 'test'.")
     self._dataset = splits[self._split]
+    self.source = self._dataset.source
     self._repeats = config.eval.bpd_repeats or {'train': 1, 'test': 5}[self._split]
     inverse_scaler = datasets.get_data_inverse_scaler(config)
     self._likelihood_fn = likelihood.from_config(config, sde, model, inverse_scaler)
@@ -260,28 +312,27 @@ class BitsPerDim(Task):
     return [self.folder / f'{self._split}_ckpt_{number}_bpd_{r}.npz' for r in range(rounds)]
 
   def is_done(self, number: int) -> bool:
-    return all(path.exists() for path in self._files(number))
+    return all(_is_whole(path) for path in self._files(number))
 
   def run(self, number: int, state: State) -> None:
     root = jax.random.fold_in(configuration.stream(self.config, 'bpd'), state.step)
     files, batches = self._files(number), len(self._dataset)
-    first = _first_missing(files)
-    progress = tqdm.tqdm(
-      self._images(first), 'bits/dim', len(files), initial=first, unit='round', disable=None
-    )
-    for r, images in enumerate(progress, first):
+    missing = _missing(files)
+    for r, images in _progress(self._images(missing), 'bits/dim', files, missing):
       rng = jax.random.fold_in(root, r)
       bpd, _, nfe = self._likelihood_fn(rng, state, parallelism.global_batch(images))
       bpd = parallelism.to_host(bpd)[: self._dataset.count(r % batches)]
-      _check_finite(bpd, 'bits/dim', state)
+      reporting.check_finite(bpd, 'bits/dim', int(state.step))
       self.write(files[r], bpd=bpd, nfe=nfe)
 
-  def _images(self, first: int) -> Iterator[np.ndarray]:
-    """This process's images of rounds `first`, `first` + 1, ...: the split again and again."""
-    repeat, start = divmod(first, len(self._dataset))
-    for _ in range(repeat, self._repeats):
-      yield from (batch['image'] for batch in self._dataset.once(start))
-      start = 0
+  def _images(self, rounds: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """The increasing `rounds`, each with this process's images of it."""
+    for repeat, group in itertools.groupby(rounds, lambda r: r // len(self._dataset)):
+      wanted = list(group)
+      batches = self._dataset.once(wanted[0] - repeat * len(self._dataset))
+      for r, batch in zip(range(wanted[0], wanted[-1] + 1), batches, strict=False):
+        if r in wanted:
+          yield r, batch['image']
 
   def numbers(self, number: int) -> dict[str, Any]:
     images = np.concatenate([_read(path)['bpd'] for path in self._files(number)])
@@ -299,7 +350,7 @@ class Samples(Task):
   """`eval.num_samples` samples, their features and what these say."""
 
   name = 'sampling'
-  depends_on = ('sampling.', 'eval.num_samples', 'eval.extractor')
+  depends_on = ('eval.num_samples', 'eval.extractor')
 
   def __init__(self, config, folder, sde, model):
     super().__init__(config, folder, sde, model)
@@ -317,9 +368,17 @@ class Samples(Task):
     self._sampling_fn = sampling.get_sampling_fn(config, sde, model, shape, inverse_scaler)
 
   def settings(self) -> dict[str, Any]:
+    flat = configuration.flatten(self.config)
+    keys = read_keys(self._reads, self.config)
+    settings = super().settings() | {key: flat.get(key) for key in keys}
     if self._stats is None:
-      return super().settings()
-    return super().settings() | {'eval.stats_path': self._stats.checksum()}
+      return settings
+    return settings | {'eval.stats_path': self._stats.checksum()}
+
+  def _reads(self, config: Any) -> None:
+    """Reads the part of the configuration that samples depend on."""
+    sampling.check(config, self.sde)
+    sampling.batch_rng(config, jax.random.PRNGKey(0), 0, 1)
 
   def _files(self, number: int, kind: str) -> list[pathlib.Path]:
     rounds = -(-self._count // self._size)
@@ -330,23 +389,20 @@ class Samples(Task):
 
   def is_done(self, number: int) -> bool:
     if self._extractor is not None:
-      return self._report(number).exists()
-    return all(path.exists() for path in self._files(number, 'samples'))
+      return _is_whole(self._report(number))
+    return all(_is_whole(path) for path in self._files(number, 'samples'))
 
   def run(self, number: int, state: State) -> None:
     root = jax.random.fold_in(configuration.stream(self.config, 'sample'), state.step)
     drawn, described = self._files(number, 'samples'), self._files(number, 'statistics')
-    first_drawn = _first_missing(drawn)
-    first = first_drawn if self._extractor is None else _first_missing(described)
-    rounds = range(first, len(drawn))
-    progress = tqdm.tqdm(rounds, 'samples', len(drawn), initial=first, unit='round', disable=None)
-    for r in progress:
-      if r < first_drawn:  # killed between the two files
-        samples = _read(drawn[r])['samples']
-      else:
+    missing = _missing(drawn if self._extractor is None else described)
+    for r in _progress(missing, 'samples', drawn, missing):
+      if _missing([drawn[r]]):
         rng = sampling.batch_rng(self.config, root, r, self._size)
         samples = self._draw(rng, state)[: self._count - r * self._size]
         self.write(drawn[r], samples=samples)
+      else:  # killed between the two files
+        samples = _read(drawn[r])['samples']
       if self._extractor is not None:
         self.write(described[r], **self._extractor(samples))
     if self._extractor is not None and jax.process_index() == 0:
@@ -354,7 +410,7 @@ class Samples(Task):
 
   def _draw(self, rng: jax.Array, state: State) -> np.ndarray:
     samples = parallelism.to_host(self._sampling_fn(rng, state)[0])
-    _check_finite(samples, 'samples', state)
+    reporting.check_finite(samples, 'samples', int(state.step))
     return reporting.to_uint8(samples)
 
   def _compare(self, number: int, described: list[pathlib.Path]) -> None:
@@ -380,41 +436,89 @@ class Samples(Task):
 _TASKS: dict[str, type[Task]] = {'loss': Loss, 'bpd': BitsPerDim, 'sampling': Samples}
 
 
+def _load_json(path: pathlib.Path) -> Any:
+  """The content of a JSON file; None if it is missing or damaged."""
+  try:
+    return json.loads(path.read_bytes())
+  except (FileNotFoundError, ValueError):
+    return None
+
+
+def _is_table(content: Any) -> bool:
+  """Whether this is what both JSON files are: a dictionary of dictionaries."""
+  return isinstance(content, dict) and all(isinstance(row, dict) for row in content.values())
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any], config: dict[str, Any]) -> list[str]:
+  """The settings that differ, with both values.
+
+  What only one has is named if that is all: another method has other settings. What was recorded
+  but the numbers no longer depend on, though the configuration still has it, does not count.
+  """
+  both = [key for key in new if key in old and old[key] != new[key]]
+  one = sorted(new.keys() - old.keys() | old.keys() - new.keys() - config.keys())
+  return [f'{key} (was {old.get(key)!r}, is {new.get(key)!r})' for key in both or one]
+
+
 class Report:
   """`meta.json`, `report.json` and `report.csv`; the first process writes them.
 
   Args:
     folder: where they are.
-    settings: of each task.
+    tasks: what is evaluated.
 
   Raises:
-    UserError: if the folder has results of other settings.
+    UserError: if the folder has results of other settings, or none can tell of which.
   """
 
-  def __init__(self, folder: pathlib.Path, settings: dict[str, dict[str, Any]]):
+  def __init__(self, folder: pathlib.Path, tasks: list[Task]):
     self._folder = folder
-    self._meta = self._load('meta.json', {'settings': {}, 'checkpoints': {}})
-    self._entries = self._load('report.json', {})
-    old = self._meta['settings']
-    new = json.loads(json.dumps(settings))
-    differing = [
-      f'{key} (was {old[task].get(key)!r}, is {new[task].get(key)!r})'
-      for task in new
-      for key in sorted(new[task].keys() | old.get(task, {}).keys())
-      if task in old and old[task].get(key) != new[task].get(key)
-    ]
-    if differing:
-      raise UserError(
-        f'{folder} holds an evaluation with other settings: {", ".join(dict.fromkeys(differing))}; '
-        f'use those values or another --eval_folder.'
-      )
-    self._meta['settings'] = old | new
+    self._meta = self._load_meta()
+    for task in tasks:
+      settings = json.loads(json.dumps(task.settings()))
+      old = self._meta['settings'].setdefault(task.name, settings)
+      if differing := _differing(old, settings, configuration.flatten(task.config)):
+        raise UserError(
+          f'{folder} holds an evaluation with other settings: {", ".join(differing)}; use those '
+          f'values or another --eval_folder.'
+        )
+      self._meta['settings'][task.name] = settings
+    self._entries = self._load_entries(tasks)
     # Nobody may read the old file after the first process has written the new one.
     parallelism.from_first_process(0)
 
-  def _load(self, name: str, default: Any) -> Any:
-    path = self._folder / name
-    return json.loads(path.read_text()) if path.exists() else default
+  def _load_meta(self) -> dict[str, dict[str, Any]]:
+    path, empty = self._folder / 'meta.json', {'settings': {}, 'checkpoints': {}}
+    results = [p for kind in ('*.npz', 'ckpt_*', 'report.json') for p in self._folder.glob(kind)]
+    if not path.exists() and not results:
+      return empty
+    meta = _load_json(path)
+    if not _is_table(meta) or not all(_is_table(meta.get(key)) for key in empty):
+      raise UserError(
+        f'{path} is missing or damaged, and nothing else tells what the results beside it belong '
+        f'to: use another --eval_folder, or remove {self._folder}.'
+      )
+    return meta
+
+  def _load_entries(self, tasks: list[Task]) -> dict[str, dict[str, Any]]:
+    """`report.json`, or what the files of the tasks say where it is missing or damaged."""
+    path = self._folder / 'report.json'
+    entries = _load_json(path)
+    if _is_table(entries):
+      return entries
+    if path.exists():
+      logging.warning(
+        '%s was damaged; it is made again from the files of %s.',
+        path,
+        ', '.join(task.name for task in tasks),
+      )
+    entries = {}
+    for number, checkpoint in self._meta['checkpoints'].items():
+      for task in tasks:
+        if task.is_done(int(number)):
+          entry = entries.setdefault(number, {'step': checkpoint['step']})
+          entry |= task.numbers(int(number))
+    return entries
 
   def _save(self, name: str, content: Any) -> None:
     if jax.process_index() == 0:

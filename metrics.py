@@ -2,6 +2,9 @@
 
 Features are (N, D) arrays of any floating point type, rows are images. They are brought to double
 precision a block at a time, so that 50,000 features of Inception take little more than they are.
+
+What would give NaN, or a number without meaning, raises `UserError`: values that are not finite,
+sets of different widths, too few images, a matrix that is no covariance.
 """
 
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ import numpy as np
 from errors import UserError
 
 _BLOCK = 4096
+_LARGEST = 1e50  # of features and logits: the sums of their sixth powers are finite
 NEIGHBOURS = 3  # of precision and recall, as published
 
 
@@ -27,7 +31,12 @@ class Moments:
     self._scatter = np.zeros((dim, dim))
 
   def add(self, features: np.ndarray) -> 'Moments':
-    """Takes in more rows (Chan, Golub and LeVeque 1983, Eq. 2.1); returns itself."""
+    """Takes in more rows (Chan, Golub and LeVeque 1983, Eq. 2.1); returns itself.
+
+    Raises:
+      UserError: for rows of another width, or values that are not finite.
+    """
+    _check_rows('features', features, len(self.mean))
     for block in _blocks(features, _BLOCK):
       total, mean = self.count + len(block), block.mean(0)
       delta, centered = mean - self.mean, block - mean
@@ -48,6 +57,8 @@ class Moments:
 
 
 def moments(features: np.ndarray) -> Moments:
+  """Those of a whole set."""
+  _check_rows('features', features)
   return Moments(features.shape[1]).add(features)
 
 
@@ -57,6 +68,54 @@ def check_count(count: int) -> None:
     raise UserError(f'{count} samples have no covariance: set eval.num_samples to 2 or more.')
 
 
+def flaw(mean: np.ndarray, covariance: np.ndarray) -> str:
+  """Why these cannot be the mean and the covariance of features; empty if they can."""
+  mean, covariance = np.float64(mean), np.float64(covariance)
+  dim, tolerance = mean.size, 1e-5  # far above the rounding of single precision
+  if not dim or mean.shape != (dim,) or covariance.shape != (dim, dim):
+    return (
+      f'the mean has the shape {mean.shape} and the covariance {covariance.shape}, which must be '
+      f'(D,) and (D, D)'
+    )
+  if not ((np.abs(mean) < _LARGEST).all() and (np.abs(covariance) < _LARGEST**2).all()):
+    return 'the mean or the covariance has values that are not finite'
+  if np.abs(covariance - covariance.T).max() > tolerance * np.abs(covariance).max():
+    return 'the covariance is not symmetric'
+  shift = tolerance * np.trace(covariance) + np.finfo(np.float64).tiny
+  try:
+    # It exists if no eigenvalue is below -shift, and costs a fraction of the eigenvalues.
+    np.linalg.cholesky(covariance + shift * np.eye(dim))
+  except np.linalg.LinAlgError:
+    return 'the covariance has negative eigenvalues'
+  return ''
+
+
+def _check_rows(what: str, rows: np.ndarray, dim: int | None = None) -> None:
+  """Raises `UserError` unless `rows` is a matrix, `dim` wide, of finite real numbers."""
+  if rows.ndim != 2 or not rows.shape[1] or rows.dtype.kind not in 'fiu':
+    raise UserError(
+      f'The {what} have the shape {rows.shape} and type {rows.dtype}: they must be real numbers, '
+      f'one row for each image.'
+    )
+  if dim not in (None, rows.shape[1]):
+    raise UserError(
+      f'The {what} have {rows.shape[1]} columns, but those that they belong to have {dim}: use one '
+      f'eval.extractor for both.'
+    )
+  # NaN is not below it either.
+  broken = sum(len(x) - int((np.abs(x) < _LARGEST).all(1).sum()) for x in _blocks(rows, _BLOCK))
+  if broken:
+    raise UserError(
+      f'The {what} of {broken} of {len(rows)} images are not finite: check the images and the '
+      f'weights of the extractor.'
+    )
+
+
+def _check_pair(real: np.ndarray, fake: np.ndarray) -> None:
+  _check_rows('features', real)
+  _check_rows('features', fake, real.shape[1])
+
+
 def frechet_distance(
   mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray
 ) -> float:
@@ -64,12 +123,23 @@ def frechet_distance(
 
   The eigenvalues of S1 S2 are the squared singular values of A1^T A2 where S = A A^T, and those are
   real and not negative. They also are as exact where a covariance is singular.
+
+  Raises:
+    UserError: for what cannot be moments of features, or features of different width.
   """
+  if found := flaw(mean1, covariance1) or flaw(mean2, covariance2):
+    raise UserError(f'There is no FID, because {found}: make the moments again from the features.')
+  if mean1.shape != mean2.shape:
+    raise UserError(
+      f'Moments of {mean1.size} and of {mean2.size} features cannot be compared: use one '
+      f'eval.extractor for both.'
+    )
   root1, root2 = _factor(covariance1), _factor(covariance2)
   cross = np.linalg.svd(root1.T @ root2, compute_uv=False).sum()
   gap = np.sum((np.float64(mean1) - mean2) ** 2)
+  traces = sum(np.trace(covariance, dtype=np.float64) for covariance in (covariance1, covariance2))
   # Rounding may leave less than nothing of the distance between a set and itself.
-  return float(max(gap + np.trace(covariance1) + np.trace(covariance2) - 2 * cross, 0.0))
+  return float(max(gap + traces - 2 * cross, 0.0))
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
@@ -83,7 +153,11 @@ def kernel_distance(real: np.ndarray, fake: np.ndarray, max_block_size: int = 10
   """The KID (Binkowski et al. 2018): the unbiased squared MMD under k(x, y) = (x.y / D + 1)^3.
 
   A mean over blocks, cut in the order of the rows as tensorflow-gan cuts them.
+
+  Raises:
+    UserError: for sets of fewer than two images, of different width, or not finite.
   """
+  _check_pair(real, fake)
   check_count(min(len(real), len(fake)))
   blocks = -(-max(len(real), len(fake)) // max_block_size)
   # A set much smaller than the other must still give two rows to each block.
@@ -113,7 +187,14 @@ def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def inception_score(logits: np.ndarray) -> float:
-  """exp(E KL(p(y | x) || p(y))) (Salimans et al. 2016), over all samples at once."""
+  """exp(E KL(p(y | x) || p(y))) (Salimans et al. 2016), over all samples at once.
+
+  Raises:
+    UserError: for no logits, or values that are not finite.
+  """
+  _check_rows('logits', logits)
+  if not len(logits):
+    raise UserError('0 samples have no Inception score: set eval.num_samples to 2 or more.')
   total_p, total_p_log_p = np.zeros(logits.shape[1]), 0.0
   for block in _blocks(logits, _BLOCK):
     log_p = block - block.max(1, keepdims=True)
@@ -136,8 +217,9 @@ def precision_recall(
   k-th nearest neighbour in `real`; recall is the same with the sets exchanged.
 
   Raises:
-    UserError: if a set has not more than k points.
+    UserError: if a set has not more than k points, or as `kernel_distance`.
   """
+  _check_pair(real, fake)
   smallest = min(len(real), len(fake))
   if smallest <= neighbours:
     raise UserError(

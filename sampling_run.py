@@ -33,7 +33,8 @@ import sampling
 import sde_lib
 from errors import UserError
 from losses import State
-from runtime.workdir import at_work, differences, load_weights, of_model, read_json
+from runtime.settings import read_keys
+from runtime.workdir import LOCATIONS, at_work, differences, load_weights, of_model, read_json
 from sde_lib import SDE
 
 
@@ -41,13 +42,14 @@ def sample(config: Any, workdir: pathlib.Path, checkpoint_number: int | None) ->
   """See `run_lib.sample`."""
   sde = sde_lib.get_sde(config)
   draw = RoundDrawer(config, sde)
+  read = read_keys(lambda config: RoundDrawer(config, sde), config)
   model, state = load_weights(config, workdir, checkpoint_number)
   settings = config.sampling
   name = f'{settings.task}_{settings.method}_step_{int(state.step)}_seed_{config.seed}'
   directory = workdir / 'samples' / name.lower()
   sampler = sampling.get_sampling_fn(config, sde, model, draw.shape, draw.inverse_scaler)
   with at_work(directory, '--workdir'):
-    _record_settings(directory, config, state)
+    _record_settings(directory, _settings(config, read, draw, state))
     sizes = round_sizes(settings.num_samples, settings.batch_size)
     with tqdm.tqdm(total=len(sizes) * draw.calls, unit='call', disable=None) as bar:
       for number, size in enumerate(sizes):
@@ -74,19 +76,30 @@ def _is_done(directory: pathlib.Path, number: int, size: int) -> bool:
   return whole and isinstance(report.get('samples'), int) and report['samples'] >= size
 
 
-def _record_settings(directory: pathlib.Path, config: Any, state: State) -> None:
+def _settings(
+  config: Any, read: tuple[str, ...], draw: 'RoundDrawer', state: State
+) -> dict[str, Any]:
+  """What the samples depend on, given the names of the settings that drawing them has read."""
+  free = (*LOCATIONS, 'sampling.num_samples', 'sampling.trajectory_every', 'classifier.checkpoint')
+  flat = configuration.flatten(config)
+  names = (name for name in sorted({*read, *filter(of_model, flat)}) if name not in free)
+  settings = {name: flat.get(name) for name in names}
+  settings['checkpoint'] = weights_checksum(state)
+  if 'classifier.checkpoint' in read:
+    content = pathlib.Path(config.classifier.checkpoint).expanduser().read_bytes()
+    settings['classifier'] = hashlib.sha256(content).hexdigest()[:16]
+  if fingerprint := getattr(draw.source, 'fingerprint', None):
+    settings['data.fingerprint'] = fingerprint
+  return settings
+
+
+def _record_settings(directory: pathlib.Path, settings: dict[str, Any]) -> None:
   """Writes `settings.json`.
 
   Raises:
     UserError: if the directory holds samples of other settings.
   """
   path = directory / 'settings.json'
-  settings = {'checkpoint': weights_checksum(state)}
-  for name, value in configuration.flatten(config).items():
-    if name.startswith(('sampling.', 'data.', 'classifier.checkpoint')) or of_model(name):
-      settings[name] = value
-  for free in ('num_samples', 'trajectory_every'):
-    del settings[f'sampling.{free}']
   if path.exists():
     old = read_json(path, f'remove {directory}, or set another --config.seed')
     if differing := differences(old, settings, lambda name: True):
@@ -131,8 +144,9 @@ class RoundDrawer:
     zeros = jax.numpy.zeros((2, *self.shape[1:])), jax.numpy.zeros(2, int)
     sampling.check(config, sde, self._task.condition(*zeros))
     method = sampling.get_method(config, sde)
+    sampling.batch_rng(config, self._root, 0, 1)
     self.calls = method.n_steps * method.calls_per_step
-    self._source = datasets.get_source(config, 'test') if self._task.uses_images else None
+    self.source = datasets.get_source(config, 'test') if self._task.uses_images else None
 
   def __call__(
     self,
@@ -160,7 +174,7 @@ class RoundDrawer:
     if jax.process_index() != 0:
       return
     arrays = {'samples': samples, 'labels': labels[:size]}
-    if self._source is not None:
+    if self.source is not None:
       given = self.inverse_scaler(self._task.given(condition, images))
       arrays |= {'given': reporting.to_uint8(given)[:size], 'originals': originals[:size]}
     reporting.write_npz(directory / f'samples_{number}.npz', **arrays)
@@ -182,8 +196,8 @@ class RoundDrawer:
 
   def _examples(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint8 images of the test split in an order that the seed draws, and labels."""
-    if self._source is None:
+    if self.source is None:
       return np.zeros(self.shape, np.uint8), self._task.labels(index)
-    order = np.random.RandomState(self._config.seed).permutation(len(self._source))
-    examples = [self._source[order[i % len(order)]] for i in index]
+    order = np.random.RandomState(self._config.seed).permutation(len(self.source))
+    examples = [self.source[order[i % len(order)]] for i in index]
     return np.stack([e['image'] for e in examples]), np.stack([e['label'] for e in examples])

@@ -71,6 +71,9 @@ def get_default_configs() -> ml_collections.ConfigDict:
   evaluate.stats_path = ''  # statistics of the data; else a file of assets/stats/
   evaluate.stats_split = 'train'
   evaluate.stats_features = True  # keep the features, for KID, precision and recall
+  # How many training images --mode=stats measures sigma_max on, at most 256 MiB of them: a sample
+  # where there are more; 0 leaves it out.
+  evaluate.sigma_max_images = 50000
 
   config.data = data = ml_collections.ConfigDict()
   data.dataset = 'CIFAR10'

@@ -38,8 +38,10 @@ except ImportError:  # Windows, where two runs in one directory go unnoticed
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
-# Fields that may change when a training resumes: they do not alter the training itself. Where the
-# data are may change too: `data.json` knows what they are.
+# Where the data are, which may change; `data.json` knows what they are.
+LOCATIONS = ('data.path', 'data.tfrecords_path')
+
+# Fields that may change when a training resumes: they do not alter the training itself.
 FREE = (
   'training.n_iters',
   'training.log_freq',
@@ -48,8 +50,7 @@ FREE = (
   'training.snapshot_freq_for_preemption',
   'training.snapshot_sampling',
   'model.remat',
-  'data.path',
-  'data.tfrecords_path',
+  *LOCATIONS,
   'sampling.',
   'eval.',
   'likelihood.',

@@ -2,11 +2,14 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 
 import jax
 import numpy as np
@@ -154,6 +157,260 @@ def test_statistics_that_do_not_fit_are_refused(test_split, extractor, tmp_path)
   refused('no statistics of the data at .*missing.npz: make them with --mode=stats')
 
 
+def content(**changes):
+  """Statistics of eight features, changed."""
+  sigma = np.cov(np.random.RandomState(0).randn(8, 20))
+  return {'mu': np.zeros(8), 'sigma': sigma, **changes}
+
+
+def changed(array, index, value):
+  array = array.copy()
+  array[index] = value
+  return array
+
+
+FEATURES = np.random.RandomState(0).randn(20, 8)
+UNUSABLE = {
+  'mu has values that are not finite': content(mu=np.full(8, np.nan)),
+  'sigma has values that are not finite': content(sigma=np.full((8, 8), np.inf)),
+  'pool_3 has values that are not finite': {'pool_3': changed(FEATURES, 3, np.nan)},
+  'mu holds Python objects': content(mu=np.array([None] * 8)),
+  'sigma has values that are not finite numbers': content(sigma=np.full((8, 8), 'one')),
+  'the covariance is not symmetric': content(sigma=changed(content()['sigma'], (0, 1), 3.0)),
+  'the covariance has negative eigenvalues': content(sigma=-np.eye(8)),
+  r'the covariance \(3, 8\), which must be': content(sigma=np.zeros((3, 8))),
+  r'the mean has the shape \(2, 4\)': content(mu=np.zeros((2, 4))),
+  r'pool_3 has the shape \(20,\)': {'pool_3': np.zeros(20)},
+  r'pool_3 has the shape \(1, 8\)': {'pool_3': np.zeros((1, 8))},
+  r'pool_3 has the shape \(0, 8\)': {'pool_3': np.zeros((0, 8))},
+  r'pool_3 has the shape \(\)': {'pool_3': np.zeros(())},
+  r'but count and mu say \(9, 8\)': content(pool_3=FEATURES, count=9),
+  r'but count and mu say \(20, 8\)': content(pool_3=FEATURES[:, :4]),
+  'count is -3': content(count=-3),
+  'count is 0, not 2 or more': content(count=0),
+  r'count is of shape \(\) and type float64, not one whole number': content(count=20.0),
+  r'count is of shape \(2,\)': content(count=np.arange(2)),
+  r'made_image_size is of shape \(\) and type <U2': content(made_image_size='28'),
+  r'made_dataset is of shape \(3,\)': content(made_dataset=['a', 'b', 'c']),
+  'floor_fid_tiny_10 is nan': content(floor_fid_tiny_10=np.nan),
+  'floor_fid_tiny_10 is of shape .* not one number': content(floor_fid_tiny_10='small'),
+  'but neither pool_3 nor mu and sigma': {'mu': np.zeros(8), 'a\nb': np.zeros(2)},
+}
+
+
+def assert_unusable(config, extractor, message):
+  """One sentence, which names the file and what to do."""
+  whole = f'stats.npz cannot be read as statistics.*{message}.*again with --mode=stats, or give'
+  with pytest.raises(UserError, match=whole) as caught:
+    evaluation.load_dataset_stats(config, extractor)
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('message', UNUSABLE)
+def test_statistics_that_make_no_sense_are_refused(message, config, extractor):
+  np.savez(config.eval.stats_path, **UNUSABLE[message])
+  assert_unusable(config, extractor, message)
+
+
+def test_what_else_a_file_of_statistics_has_is_not_looked_at(config, extractor):
+  odd = {'arr_0': np.array([{}]), 'made_by': np.array([None]), 'x/../y': np.zeros(2), '': 3}
+  np.savez(config.eval.stats_path, **content(), **odd)
+  stats = evaluation.load_dataset_stats(config, extractor)
+  assert (stats.count, stats.made, stats.pool_3) == (0, {}, None)
+
+
+def test_files_that_are_something_else_are_refused(config, extractor):
+  path = pathlib.Path(config.eval.stats_path)
+  array = io.BytesIO()
+  np.save(array, FEATURES)
+  np.savez_compressed(path, **content(pool_3=FEATURES))
+  whole = path.read_bytes()
+  middle = whole[:300] + bytes(200) + whole[500:]  # a hole, as a crash may leave it
+  for data in (b'', b'mu: 3\nsigma: 4\n', array.getvalue(), whole[:-30], middle, whole[40:]):
+    path.write_bytes(data)
+    assert_unusable(config, extractor, '')
+
+
+@pytest.mark.parametrize('claimed', [None, 8 * 2048 * 10**9 + 128], ids=['short', 'forged'])
+@pytest.mark.parametrize('name', ['pool_3', 'mu'])
+def test_a_tiny_file_that_declares_a_huge_array_is_not_given_its_memory(
+  name, claimed, config, extractor
+):
+  header = io.BytesIO()
+  fields = {'descr': '<f8', 'fortran_order': False, 'shape': (10**9, 2048)}
+  np.lib.format.write_array_header_1_0(header, fields)
+  np.savez(config.eval.stats_path, **{k: v for k, v in content().items() if k != name})
+  with zipfile.ZipFile(config.eval.stats_path, 'a', zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr(f'{name}.npy', header.getvalue() + bytes(1000))
+    if claimed:
+      archive.filelist[-1].file_size = claimed
+  assert_unusable(config, extractor, f'{name} is shorter or longer than its shape')
+
+
+class CountedImages:
+  """Random images that are made when they are read, and counts of that."""
+
+  def __init__(self, count, size=28):
+    self.reads, self.size = np.zeros(count, int), size
+
+  def __len__(self):
+    return len(self.reads)
+
+  def __getitem__(self, i):
+    self.reads[i] += 1
+    shape = (self.size, self.size, 1)
+    return {'image': np.random.RandomState(i).randint(0, 256, shape, np.uint8), 'label': 0}
+
+
+@pytest.fixture
+def counted(config, monkeypatch):
+  """Makes both splits of the data such images; returns them."""
+
+  def make(**counts):
+    splits = {split: CountedImages(count) for split, count in counts.items()}
+    monkeypatch.setattr(datasets, 'get_source', lambda config, split: splits[split])
+    return splits
+
+  return make
+
+
+def arrays(path):
+  with np.load(path) as file:
+    return dict(file)
+
+
+def logged(caplog):
+  return [record.getMessage() for record in caplog.records]
+
+
+def test_statistics_and_sigma_max_share_one_pass_over_the_training_images(config, counted, caplog):
+  caplog.set_level('INFO')
+  train = counted(train=400)['train']
+  evaluation.write_stats(config)
+  # The loader reads ahead, past the end, and so the first images again.
+  assert train.reads.min() == 1
+  assert train.reads.max() <= 2
+  shared = logged(caplog)[-1]
+  assert shared == evaluation.sigma_max_line(config)
+  assert shared.endswith('# largest distance between 400 training images in [-1, 1]')
+
+
+def test_sigma_max_of_a_part_of_the_images_says_so(config, counted, monkeypatch):
+  """The part is bounded in number and in bytes, drawn by the seed, and read alone."""
+  train = counted(train=400)['train']
+  exact = float(evaluation.sigma_max_line(config).split()[2])
+  train.reads[:] = 0
+  for number, most, expected in ((50, 2**28, 50), (400, 28 * 28 * 70, 70)):
+    config.eval.sigma_max_images = number
+    monkeypatch.setattr(evaluation, '_SIGMA_MAX_BYTES', most)
+    line = evaluation.sigma_max_line(config)
+    assert line.endswith(
+      f'largest distance between {expected} of 400 training images in [-1, 1]; '
+      f'that of all may be larger'
+    )
+    assert 0.8 * exact < float(line.split()[2]) <= exact
+    assert train.reads.sum() == expected
+    assert line == evaluation.sigma_max_line(config)
+    train.reads[:] = 0
+  config.seed += 1
+  evaluation.sigma_max_line(config)
+  config.seed -= 1
+  evaluation.sigma_max_line(config)
+  assert (train.reads == 1).any()  # another seed, other images
+
+
+def test_statistics_of_the_test_split_read_only_the_sample_of_the_training_images(
+  config, counted, caplog
+):
+  caplog.set_level('INFO')
+  config.eval.stats_split = 'test'
+  config.eval.sigma_max_images = 30
+  splits = counted(train=400, test=64)
+  evaluation.write_stats(config)
+  assert splits['train'].reads.sum() == 30
+  assert 'between 30 of 400 training images' in logged(caplog)[-1]
+  config.eval.sigma_max_images = 0
+  evaluation.write_stats(config)
+  assert splits['train'].reads.sum() == 30
+  assert 'sigma_max' not in logged(caplog)[-1]
+
+
+def test_without_features_the_numbers_are_the_same_and_memory_does_not_grow(
+  config, counted, extractor, monkeypatch
+):
+  """With 1 KiB of features of each image."""
+
+  def forward(params, images):
+    outputs = extractor.forward(params, images)
+    return outputs | {'pool_3': jax.numpy.tile(outputs['pool_3'], (1, 32))}
+
+  wide = dataclasses.replace(extractor, num_features=256, forward=forward, batch_size=50)
+  monkeypatch.setattr(evaluation, 'get_extractor', lambda config: wide)
+  monkeypatch.setattr(evaluation, '_BLOCK', 64)
+  config.eval.sigma_max_images = 0
+
+  def made(count, keep):
+    config.eval.stats_features = keep
+    counted(train=count)
+    return arrays(evaluation.write_stats(config))
+
+  def peak(count):
+    tracemalloc.start()
+    made(count, False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+  kept, streamed = made(500, True), made(500, False)
+  assert peak(1000) - peak(200) < 200 * 1024
+  of_features = {f'floor_{name}_tiny_250' for name in ('kid', 'precision', 'recall')}
+  assert kept.keys() - streamed.keys() == {'pool_3', *of_features}
+  assert kept['pool_3'].shape == (500, 256)
+  for key in streamed:
+    np.testing.assert_array_equal(streamed[key], kept[key])
+
+
+def test_the_floor_compares_every_second_image_with_the_others():
+  """Also where a batch ends in between."""
+  features = np.random.RandomState(0).randn(301, 8).astype(np.float32)
+  streamed = evaluation._Features(8, 301, False)
+  for part in np.split(features, [3, 4, 150, 299]):
+    streamed.add(part)
+    streamed.finish()
+  for half, start in zip(streamed.halves, (0, 1), strict=True):
+    expected = metrics.moments(features[start::2])
+    assert half.count == expected.count
+    np.testing.assert_allclose(half.mean, expected.mean, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(half.covariance(), expected.covariance(), rtol=1e-9, atol=1e-12)
+
+
+def test_what_statistics_cannot_be_made_of_is_refused(config, counted, tmp_path):
+  def refused(message, key='stats_split', value='test'):
+    with config.unlocked():
+      before, config.eval[key] = config.eval[key], value
+    with pytest.raises(UserError, match=message):
+      evaluation.write_stats(config)
+    config.eval[key] = before
+
+  refused("stats_split='valid' must be 'train' or 'test'", value='valid')
+  refused('sigma_max_images=-1 must be 2 or more, or 0', 'sigma_max_images', -1)
+  refused('sigma_max_images=1 must be 2 or more, or 0', 'sigma_max_images', 1)
+  refused('stats_path=.* is a folder: give the name of a file', 'stats_path', str(tmp_path))
+  counted(test=1)
+  refused('MNIST5K has 1 images, and fewer than two have no covariance')
+
+
+def test_an_extractor_refuses_what_it_does_not_describe(extractor):
+  images = np.zeros((3, 28, 28, 1), np.uint8)
+  with pytest.raises(UserError, match="'tiny' was given no images"):
+    extractor(images[:0])
+  with pytest.raises(UserError, match="'tiny' takes grey levels of type uint8, not float32"):
+    extractor(np.float32(images))
+  wrong = dataclasses.replace(extractor, num_features=9)
+  with pytest.raises(UserError, match=r'gives pool_3 of shape \(4, 8\) .* must be \(4, 9\)'):
+    wrong(images)
+
+
 def test_a_folder_that_cannot_be_written_is_refused_at_once(config, tmp_path):
   (tmp_path / 'file').write_text('')
   config.eval.stats_path = str(tmp_path / 'file' / 'stats.npz')
@@ -222,11 +479,10 @@ def test_the_numbers_of_50000_features_fit_in_two_gibibytes():
 def test_sigma_max_is_the_largest_distance():
   """Against all pairs by brute force, in blocks that do not divide the number of images."""
   images = np.random.RandomState(0).randint(0, 256, (50, 6, 6, 2)).astype(np.uint8)
-  source = datasets.ArraySource(images, np.zeros(50))
   flat = np.float64(images.reshape(50, -1))
   expected = np.sqrt(((flat[:, None] - flat[None]) ** 2).sum(-1).max())
   for block in (50, 7, 1):
-    actual = evaluation.largest_distance(source, block_bytes=4 * 72 * block)
+    actual = evaluation.largest_distance(images, block_bytes=4 * 72 * block)
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 

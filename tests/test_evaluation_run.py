@@ -272,6 +272,9 @@ def refusal(workdir, monkeypatch, message, folder='eval', **settings):
   assert not list(workdir.glob('eval/ckpt*'))
 
 
+NOTHING = {f'eval__enable_{name}': False for name in ('loss', 'bpd', 'sampling')}
+
+
 def test_what_cannot_be_evaluated_is_refused_before_sampling(workdir, monkeypatch, tmp_path):
   (workdir / 'file').write_text('')
   for message, settings in (
@@ -281,6 +284,16 @@ def test_what_cannot_be_evaluated_is_refused_before_sampling(workdir, monkeypatc
     ("Unknown extractor 'vgg': choose one of", {'eval__extractor': 'vgg'}),
     ('nothing can be written to', {'folder': 'file/eval'}),
     ("eval.bpd_dataset='valid' must be", {'eval__enable_bpd': True, 'eval__bpd_dataset': 'valid'}),
+    (
+      "sampling.task='inpaint' is not for --mode=eval, .*use --mode=sample",
+      {'sampling__task': 'inpaint'},
+    ),
+    ('Nothing is to be evaluated: set one of eval.enable_loss', NOTHING),
+    ('eval.bpd_repeats=-1 must be', {'eval__enable_bpd': True, 'eval__bpd_repeats': -1}),
+    ("--eval_folder='../eval' must be a folder inside", {'folder': '../eval'}),
+    ("--eval_folder='eval/..' must be a folder inside", {'folder': 'eval/..'}),
+    ("--eval_folder='' must be a folder inside", {'folder': ''}),
+    (f"--eval_folder='{tmp_path}' must be a folder inside", {'folder': str(tmp_path)}),
     ('1 samples have no covariance', {'eval__num_samples': 1}),
     ('eval.begin_ckpt=5 is behind eval.end_ckpt=4', {'eval__begin_ckpt': 5}),
     (r'no checkpoints \[5, 6\]: it has \[1, 2, 3, 4\]', {'eval__end_ckpt': 6}),
@@ -315,6 +328,131 @@ def test_results_of_other_settings_or_checkpoints_are_not_mixed(uninterrupted, m
     patch.setattr(CheckpointDirectory, 'identity', lambda self, number: 'another')
     with pytest.raises(run_lib.UserError, match='another checkpoint 4, of step 40'):
       run_lib.evaluate(config, workdir)
+
+
+def evaluated(workdir, monkeypatch, **settings):
+  """Evaluates checkpoint 4 again with other settings; what is computed fails."""
+  config = tiny_config.get_config()
+  config.eval.begin_ckpt = config.eval.end_ckpt = 4
+  config.eval.enable_bpd = config.eval.enable_sampling = True
+  config.eval.bpd_repeats = 2
+  config.eval.num_samples = 150
+  config.eval.stats_path, config.eval.stats_split = str(workdir / 'stats.npz'), 'test'
+  for key, value in settings.items():
+    section, name = key.split('__')
+    config[section][name] = value
+  with monkeypatch.context() as patch:
+    patch.setattr(CheckpointDirectory, 'restore', None)
+    run_lib.evaluate(config, workdir)
+
+
+def test_only_settings_that_the_numbers_depend_on_must_stay(uninterrupted, monkeypatch):
+  """The numbers are there: the same command, or one that differs in nothing, computes nothing."""
+  workdir, before = uninterrupted.parent, report(uninterrupted)
+  evaluated(workdir, monkeypatch)
+  evaluated(
+    workdir,
+    monkeypatch,
+    sampling__mask='left',
+    sampling__superres_factor=2,
+    sampling__label=3,
+    sampling__guidance_scale=2.0,
+    sampling__num_samples=7,
+    sampling__batch_size=32,
+    sampling__trajectory_every=2,
+    sampling__eta=0.5,  # of ddim
+    sampling__rtol=1e-3,  # of ode
+  )
+  assert report(uninterrupted) == before
+  for key, value, message in (
+    ('sampling__snr', 0.2, r'sampling.snr \(was 0.16, is 0.2\)'),
+    ('sampling__n_steps', 1, r'sampling.n_steps \(was 0, is 1\)'),
+    ('sampling__per_image_seeds', True, r'sampling.per_image_seeds \(was False, is True\)'),
+    ('eval__num_samples', 100, r'eval.num_samples \(was 150, is 100\)'),
+    ('sampling__method', 'ddim', r"settings: sampling.method \(was 'pc', is 'ddim'\); use"),
+  ):
+    with pytest.raises(run_lib.UserError, match=message):
+      evaluated(workdir, monkeypatch, **{key: value})
+
+
+def test_an_evaluation_that_recorded_all_settings_of_sampling_continues(
+  uninterrupted, monkeypatch, tmp_path
+):
+  """As earlier versions did."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(uninterrupted.parent, workdir)
+  meta = json.loads((workdir / 'eval/meta.json').read_text())
+  flat = configuration.flatten(configuration.prepare(tiny_config.get_config()))
+  sampling_settings = {key: value for key, value in flat.items() if key.startswith('sampling.')}
+  meta['settings']['sampling'] |= sampling_settings
+  (workdir / 'eval/meta.json').write_text(json.dumps(meta))
+  with pytest.raises(run_lib.UserError, match='sampling.snr'):
+    evaluated(workdir, monkeypatch, sampling__snr=0.2)
+  evaluated(workdir, monkeypatch, sampling__mask='left')
+
+
+DAMAGES = {
+  'empty': lambda data: b'',
+  'half': lambda data: data[: len(data) // 2],
+  'a hole': lambda data: data[:60] + bytes(80) + data[140:],
+}
+
+
+def test_damaged_files_of_results_are_computed_again(trained, uninterrupted, tmp_path):
+  """With a warning, and only these: the others are not written again."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(uninterrupted.parent, workdir)
+  folder = workdir / 'eval'
+  damaged = {
+    'ckpt_3_loss.npz': 'empty',
+    'test_ckpt_3_bpd_2.npz': 'half',
+    'test_ckpt_3_bpd_9.npz': 'empty',
+    'test_ckpt_4_bpd_15.npz': 'a hole',
+    'ckpt_3_host_0/samples_1.npz': 'a hole',
+    'ckpt_3_host_0/statistics_1.npz': 'half',
+    'report_3.npz': 'empty',
+    'report_4.npz': 'half',
+    'report.json': 'half',
+  }
+  for name, damage in damaged.items():
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(DAMAGES[damage](data))
+  times = {path: path.stat().st_mtime_ns for path in folder.rglob('*.npz')}
+  run(workdir, *ALL, *stats(trained), mode='eval')
+  log = (folder / 'stdout.txt').read_text()
+  for name in damaged.keys() - {'report.json'}:
+    assert f'{folder / name} was damaged; its results have been computed again' in log
+  rewritten = {path for path in times if path.stat().st_mtime_ns != times[path]}
+  assert rewritten == {folder / name for name in damaged if name.endswith('.npz')}
+  assert report(folder) == report(uninterrupted)
+  ours, theirs = arrays(folder), arrays(uninterrupted)
+  for name in theirs:
+    np.testing.assert_array_equal(ours[name], theirs[name], err_msg=str(name))
+
+
+@pytest.mark.parametrize('damage', [*DAMAGES, 'a list', 'missing'])
+def test_a_damaged_report_is_made_again_and_a_damaged_record_refused(
+  damage, uninterrupted, monkeypatch, tmp_path, caplog
+):
+  workdir = tmp_path / 'run'
+  shutil.copytree(uninterrupted.parent, workdir)
+  change = DAMAGES | {'a list': lambda data: b'[1, 2]'}
+
+  def spoil(name):
+    path = workdir / 'eval' / name
+    if damage == 'missing':
+      path.unlink()
+    else:
+      path.write_bytes(change[damage](path.read_bytes()))
+
+  spoil('report.json')
+  evaluated(workdir, monkeypatch)
+  assert report(workdir / 'eval') == report(uninterrupted)  # of both checkpoints
+  warned = 'report.json was damaged; it is made again from the files of loss, bpd, sampling'
+  assert (warned in caplog.text) == (damage != 'missing')
+  spoil('meta.json')
+  with pytest.raises(run_lib.UserError, match='meta.json is missing or damaged, .*another --eval'):
+    evaluated(workdir, monkeypatch)
 
 
 def test_samples_that_are_not_finite_stop_it_before_they_are_written(workdir, monkeypatch):

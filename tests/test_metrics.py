@@ -123,3 +123,76 @@ def test_too_few_samples_are_refused():
     metrics.kernel_distance(one, one)
   with pytest.raises(UserError, match='3 samples are too few'):
     metrics.precision_recall(np.zeros((3, 4)), np.zeros((9, 4)))
+
+
+SCORES = {
+  'moments': lambda x: metrics.moments(x),
+  'fid': lambda x: fid(np.eye(6, 4), x),
+  'kid': lambda x: metrics.kernel_distance(np.eye(6, 4), x),
+  'kid, exchanged': lambda x: metrics.kernel_distance(x, np.eye(6, 4)),
+  'precision and recall': lambda x: metrics.precision_recall(np.eye(6, 4), x),
+  'inception score': metrics.inception_score,
+}
+
+
+@pytest.mark.parametrize('score', SCORES.values(), ids=SCORES)
+def test_values_that_are_not_finite_are_refused(score):
+  """Also those whose powers would not be, and negative infinity, whose exponential would be."""
+  for value in (np.nan, np.inf, -np.inf, 1e200):
+    features = np.random.RandomState(0).randn(5000, 4)
+    features[4097, 2] = features[4099] = value  # in the second block of rows
+    with pytest.raises(UserError, match='of 2 of 5000 images are not finite'):
+      score(features)
+
+
+@pytest.mark.parametrize('score', SCORES.values(), ids=SCORES)
+def test_what_is_no_matrix_of_real_numbers_is_refused(score):
+  for features in (np.zeros(5), np.zeros((5, 2, 2)), np.zeros((5, 0)), np.zeros((5, 4), complex)):
+    with pytest.raises(UserError, match='must be real numbers, one row for each image'):
+      score(features)
+
+
+def test_features_of_different_width_are_refused():
+  eight, four = np.random.RandomState(0).randn(9, 8), np.eye(9, 4)
+  with pytest.raises(UserError, match='Moments of 8 and of 4 features cannot be compared'):
+    fid(eight, four)
+  for score in (metrics.kernel_distance, metrics.precision_recall):
+    with pytest.raises(UserError, match='have 4 columns, .* have 8: use one eval.extractor'):
+      score(eight, four)
+  with pytest.raises(UserError, match='have 1 columns, .* have 8'):
+    metrics.Moments(8).add(np.zeros((3, 1)))  # would broadcast
+
+
+def test_no_images_have_no_score():
+  for score in (metrics.inception_score, lambda x: metrics.moments(x).covariance()):
+    with pytest.raises(UserError, match='0 samples have no'):
+      score(np.zeros((0, 4)))
+
+
+def test_what_are_no_moments_are_refused():
+  mean, covariance = np.zeros(3), np.cov(np.random.RandomState(0).randn(3, 9))
+  asymmetric, negative, damaged = covariance.copy(), covariance.copy(), covariance.copy()
+  asymmetric[0, 1] += 0.1
+  negative[1, 1] *= -1
+  damaged[2, 2] = np.nan
+  for message, broken in (
+    ('not symmetric', (mean, asymmetric)),
+    ('has negative eigenvalues', (mean, negative)),
+    ('not finite', (mean, damaged)),
+    ('not finite', (np.full(3, np.inf), covariance)),
+    (r'which must be \(D,\) and \(D, D\)', (mean, covariance[:2])),
+    ('the mean has the shape', (mean[None], covariance)),
+  ):
+    for pair in ((*broken, mean, covariance), (mean, covariance, *broken)):
+      with pytest.raises(UserError, match=message):
+        metrics.frechet_distance(*pair)
+
+
+def test_moments_in_single_precision_and_of_equal_images_are_moments():
+  """What rounding leaves of a singular covariance is not mistaken for damage."""
+  features = np.random.RandomState(0).randn(20, 64).astype(np.float32)
+  moments = metrics.moments(features)
+  single = moments.covariance().astype(np.float32)
+  assert np.linalg.eigvalsh(np.float64(single))[0] < 0
+  assert not metrics.flaw(moments.mean, single)
+  assert fid(np.ones((5, 4)), np.ones((9, 4))) == 0
