@@ -1,8 +1,6 @@
 """Trains, evaluates and converts score models; `python main.py --help` lists the flags."""
 
 import os
-import pathlib
-import platform
 import runpy
 import sys
 from typing import Any
@@ -10,25 +8,30 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config',
-  None,
-  'Configuration file, such as configs/vp/mnist_ddpmpp_continuous.py. Any field can be overridden: '
-  '--config.training.batch_size=64.',
-)
+from runtime import startup
+
+try:
+  _CONFIG = config_flags.DEFINE_config_file(
+    'config',
+    None,
+    'Configuration file, such as configs/vp/mnist_ddpmpp_continuous.py; file.py:argument where its '
+    'get_config takes one. Any field can be overridden: --config.training.batch_size=64.',
+  )
+except flags.Error as error:  # it reads a --flagfile at once
+  sys.exit(str(error))
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Directory of the run: checkpoints, samples, logs. The same one continues a run.'
+  'workdir', None, 'Directory of the run: checkpoints, samples, logs. The same one resumes a run.'
 )
 _MODE = flags.DEFINE_enum(
   'mode',
   None,
   ['train', 'sample', 'eval', 'stats', 'train_classifier', 'import', 'export'],
-  'train: train, or go on training where the run in --workdir stopped. '
+  'train: train, or resume the training in --workdir where it stopped. '
   'sample: draw images from the run in --workdir, as config.sampling says; with '
   'config.sampling.task=inpaint, colorize, superres or class under a condition. '
   'eval: evaluate the checkpoints of the run in --workdir. '
   'stats: make the statistics of the data that eval compares samples with; needs no --workdir. '
-  'train_classifier: train, or go on training, the noise-conditional classifier. '
+  'train_classifier: train, or resume training, the noise-conditional classifier. '
   'import: start the run in --workdir from a published checkpoint, --checkpoint. '
   'export: write the EMA weights of the run in --workdir as safetensors.',
 )
@@ -56,27 +59,55 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this process, 
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses the command line; what `ml_collections` reports by traceback becomes a sentence."""
-  options = dict(argument.lstrip('-').partition('=')[::2] for argument in argv[1:])
-  path = options.get('config', '')
-  if path and not os.path.isfile(path):
-    sys.exit(f'--config={path} does not exist: give a file such as configs/vp/*.py.')
+  path, argument, given = '', '', {}
   try:
-    return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError):
-    sys.exit(_unknown_override(path, options))
+    given = _given(flags.FLAGS.read_flags_from_files(argv[1:]))
+    path, _, argument = given.get('config', '').partition(':')
+    if path and not os.path.isfile(path):
+      sys.exit(f'--config={path} does not exist: give a file such as configs/vp/*.py.')
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError) as error:
+    sys.exit(_explain(path, argument, given) or f'{error} (main.py --help lists the flags.)')
 
 
-def _unknown_override(path: str, options: dict[str, str]) -> str:
-  """Names the first `--config.x.y` that the configuration file does not have."""
-  for option in options:
-    section = runpy.run_path(path)['get_config']()
-    prefix, *keys = option.split('.')
+def _given(arguments: list[str]) -> dict[str, str]:
+  """The flags on a command line by their names, written as `--a=b`, `-a=b` or `--a b`."""
+  given = {}
+  for argument, following in zip(arguments, [*arguments[1:], ''], strict=True):
+    name, equals, value = argument.lstrip('-').partition('=')
+    if argument.startswith('-'):
+      given[name] = value if equals else following
+  return given
+
+
+def _explain(path: str, argument: str, given: dict[str, str]) -> str:
+  """What is wrong with a configuration file or the overrides on it; '' if nothing is."""
+  if not path:
+    return ''
+  get_config = runpy.run_path(path).get('get_config')
+  if get_config is None:
+    return f'--config={path} has no function get_config() that returns a ConfigDict.'
+  try:
+    config = get_config(argument) if argument else get_config()
+  except TypeError as error:
+    return f'--config={path}: {error}; give its argument as --config={path}:argument, or none.'
+  return _unknown_override(config, given)
+
+
+def _unknown_override(config: Any, given: dict[str, str]) -> str:
+  """Names the first `--config.x.y` that the configuration does not have; '' if it has all."""
+  for name in given:
+    section, (prefix, *keys) = config, name.split('.')
     for depth, key in enumerate(keys if prefix == 'config' else []):
+      where = '.'.join(['config', *keys[:depth]])
+      if not hasattr(section, 'keys'):
+        return f'--{name}: {where} is a value, not a section; set it as --{where}=...'
       if key not in section:
-        where = '.'.join(['config', *keys[:depth]])
         return f'Unknown {where} key {key!r}: choose one of {", ".join(sorted(section))}.'
       section = section[key]
-  return 'A --config override does not fit the configuration file.'
+    if prefix == 'config' and keys and hasattr(section, 'keys'):
+      return f'--{name} is a section: set one of {", ".join(sorted(section))} in it.'
+  return ''
 
 
 def main(argv: list[str]) -> None:
@@ -90,72 +121,53 @@ def main(argv: list[str]) -> None:
   import run_lib
   from errors import UserError
 
-  if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-    jax.config.update('jax_num_cpu_devices', _cpu_devices(_CONFIG.value))
-  if _COORDINATOR.value is not None:
-    jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  config, workdir, checkpoint = _CONFIG.value, _WORKDIR.value, _CHECKPOINT.value
+  modes = {
+    'train': lambda: run_lib.train(config, workdir),
+    'sample': lambda: run_lib.sample(config, workdir, _CHECKPOINT_NUMBER.value),
+    'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
+    'stats': lambda: run_lib.make_stats(config),
+    'train_classifier': lambda: classifier_training.train_classifier(config, workdir),
+    'import': lambda: conversion.import_checkpoint(config, workdir, checkpoint),
+    'export': lambda: conversion.export_checkpoint(
+      config, workdir, checkpoint, _CHECKPOINT_NUMBER.value
+    ),
+  }
   try:
-    config, workdir, checkpoint = _CONFIG.value, _WORKDIR.value, _CHECKPOINT.value
-    modes = {
-      'train': lambda: run_lib.train(config, workdir),
-      'sample': lambda: run_lib.sample(config, workdir, _CHECKPOINT_NUMBER.value),
-      'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
-      'stats': lambda: run_lib.make_stats(config),
-      'train_classifier': lambda: classifier_training.train_classifier(config, workdir),
-      'import': lambda: conversion.import_checkpoint(config, workdir, checkpoint),
-      'export': lambda: conversion.export_checkpoint(
-        config, workdir, checkpoint, _CHECKPOINT_NUMBER.value
-      ),
-    }
+    startup.start_jax(config, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     modes[_MODE.value]()
   except (UserError, FloatingPointError) as error:
-    logging.get_absl_handler().flush()
-    print(f'{type(error).__name__}: {error}', file=sys.stderr)
-    sys.exit(1)
+    _fail(type(error).__name__, str(error))
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    _fail(
+      'OutOfMemory',
+      f'{str(error).splitlines()[0]} Lower the batch size of the mode (training.batch_size, '
+      f'sampling.batch_size, eval.batch_size) or, to train, set model.remat=True.',
+    )
+  except OSError as error:
+    where = f' {error.filename}' if error.filename else ''
+    _fail(
+      'OSError',
+      f'{error.strerror or error}:{where}. What was written before is whole; mend that and rerun '
+      f'the same command, which resumes.',
+    )
 
 
-def _cpu_devices(config: Any) -> int:
-  """How many devices JAX shall make of the CPU: one for each core, as batches and memory allow.
-
-  XLA runs many convolutions on one core only, so that two devices of one core each train up to
-  twice as fast as one device of two cores. Every device holds a copy of the training state, hence
-  the limit. Processes of a run that has several of them may share a machine and take one each.
-  """
-  if _COORDINATOR.value is not None:
-    return 1
-  sections = ('training', 'eval', 'classifier', 'sampling')
-  sizes = [config.get(section, {}).get('batch_size', 1) for section in sections]
-  if not all(isinstance(size, int) for size in sizes):
-    return 1  # the configuration is refused later, with a sentence
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-  return max(n for n in range(1, min(cores, 4) + 1) if not any(size % n for size in sizes))
-
-
-def _keep_compiled_programs() -> None:
-  """Lets JAX reuse what it compiled in an earlier run on this machine, unless told where to."""
-  cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
-  directory = cache / 'score_sde' / f'xla-{platform.node()}'
-  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(directory))
-
-
-def _use_huge_pages() -> None:
-  """Starts this program again with huge memory pages on, where the C library offers them.
-
-  XLA takes and returns the memory of all activations in each call on CPU; with pages of 4 KiB that
-  alone costs a fifth of a training step. The C library reads this setting only when it starts.
-  """
-  if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
-    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+def _fail(kind: str, message: str) -> None:
+  logging.get_absl_handler().flush()
+  print(f'{kind}: {message}', file=sys.stderr)
+  sys.exit(1)
 
 
 if __name__ == '__main__':
-  _use_huge_pages()
-  _keep_compiled_programs()
+  startup.restart_with_settings()
+  startup.keep_compiled_programs()
   flags.mark_flags_as_required(['config', 'mode'])
   flags.register_multi_flags_validator(
     ['workdir', 'mode'],
-    lambda given: given['workdir'] is not None or given['mode'] == 'stats',
-    'Flag --workdir must have a value other than None.',
+    lambda given: bool(given['workdir']) or given['mode'] == 'stats',
+    'Flag --workdir must name a directory.',
   )
   app.run(main, flags_parser=parse_flags)

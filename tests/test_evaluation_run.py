@@ -19,7 +19,8 @@ import losses
 import run_lib
 import sampling
 import sde_lib
-from checkpoints import CheckpointDirectory
+from checkpoints import CheckpointDirectory, CheckpointReader
+from errors import UserError
 from tests import tiny_config
 from tests.test_train import finish, run, start, wait_for
 
@@ -89,7 +90,7 @@ def assert_same_evaluation(folder, reference):
 
 def test_evaluation_leaves_the_documented_files(uninterrupted):
   names = {str(path.relative_to(uninterrupted)) for path in uninterrupted.rglob('*.*')}
-  expected = {'report.json', 'report.csv', 'meta.json', 'stdout.txt'}
+  expected = {'report.json', 'report.csv', 'meta.json', 'stdout.txt', '.lock'}
   for n in (3, 4):
     expected |= {f'ckpt_{n}_loss.npz', f'report_{n}.npz'}
     expected |= {f'test_ckpt_{n}_bpd_{r}.npz' for r in range(16)}
@@ -266,8 +267,8 @@ def refusal(workdir, monkeypatch, message, folder='eval', **settings):
     section, name = key.split('__')
     config[section][name] = value
   with monkeypatch.context() as patch:
-    patch.setattr(CheckpointDirectory, 'restore', None)
-    with pytest.raises(run_lib.UserError, match=message):
+    patch.setattr(CheckpointReader, 'restore', None)
+    with pytest.raises(UserError, match=message):
       run_lib.evaluate(config, workdir, folder)
   assert not list(workdir.glob('eval/ckpt*'))
 
@@ -312,7 +313,7 @@ def test_what_cannot_be_evaluated_is_refused_before_sampling(workdir, monkeypatc
     ),
   ):
     refusal(workdir, monkeypatch, message, **settings)
-  with pytest.raises(run_lib.UserError, match='--workdir must be that of a run'):
+  with pytest.raises(UserError, match='--workdir must be that of a run'):
     run_lib.evaluate(tiny_config.get_config(), tmp_path / 'nothing')
 
 
@@ -321,12 +322,12 @@ def test_results_of_other_settings_or_checkpoints_are_not_mixed(uninterrupted, m
   config = tiny_config.get_config()
   config.eval.begin_ckpt = config.eval.end_ckpt = 4
   config.eval.batch_size = 32
-  with pytest.raises(run_lib.UserError, match=r'eval.batch_size \(was 64, is 32\).*--eval_folder'):
+  with pytest.raises(UserError, match=r'eval.batch_size \(was 64, is 32\).*--eval_folder'):
     run_lib.evaluate(config, workdir)
   config.eval.batch_size = 64
   with monkeypatch.context() as patch:
-    patch.setattr(CheckpointDirectory, 'identity', lambda self, number: 'another')
-    with pytest.raises(run_lib.UserError, match='another checkpoint 4, of step 40'):
+    patch.setattr(CheckpointReader, 'identity', lambda self, number: 'another')
+    with pytest.raises(UserError, match='another checkpoint 4, of step 40'):
       run_lib.evaluate(config, workdir)
 
 
@@ -342,7 +343,7 @@ def evaluated(workdir, monkeypatch, **settings):
     section, name = key.split('__')
     config[section][name] = value
   with monkeypatch.context() as patch:
-    patch.setattr(CheckpointDirectory, 'restore', None)
+    patch.setattr(CheckpointReader, 'restore', None)
     run_lib.evaluate(config, workdir)
 
 
@@ -371,7 +372,7 @@ def test_only_settings_that_the_numbers_depend_on_must_stay(uninterrupted, monke
     ('eval__num_samples', 100, r'eval.num_samples \(was 150, is 100\)'),
     ('sampling__method', 'ddim', r"settings: sampling.method \(was 'pc', is 'ddim'\); use"),
   ):
-    with pytest.raises(run_lib.UserError, match=message):
+    with pytest.raises(UserError, match=message):
       evaluated(workdir, monkeypatch, **{key: value})
 
 
@@ -386,7 +387,7 @@ def test_an_evaluation_that_recorded_all_settings_of_sampling_continues(
   sampling_settings = {key: value for key, value in flat.items() if key.startswith('sampling.')}
   meta['settings']['sampling'] |= sampling_settings
   (workdir / 'eval/meta.json').write_text(json.dumps(meta))
-  with pytest.raises(run_lib.UserError, match='sampling.snr'):
+  with pytest.raises(UserError, match='sampling.snr'):
     evaluated(workdir, monkeypatch, sampling__snr=0.2)
   evaluated(workdir, monkeypatch, sampling__mask='left')
 
@@ -451,7 +452,7 @@ def test_a_damaged_report_is_made_again_and_a_damaged_record_refused(
   warned = 'report.json was damaged; it is made again from the files of loss, bpd, sampling'
   assert (warned in caplog.text) == (damage != 'missing')
   spoil('meta.json')
-  with pytest.raises(run_lib.UserError, match='meta.json is missing or damaged, .*another --eval'):
+  with pytest.raises(UserError, match='meta.json is missing or damaged, .*another --eval'):
     evaluated(workdir, monkeypatch)
 
 

@@ -262,5 +262,5 @@ def test_samples_of_other_settings_are_not_mixed_in(trained):
 
 
 def test_sampling_without_a_checkpoint_is_refused(tmp_path):
-  with pytest.raises(UserError, match='holds no checkpoints/: train there first'):
+  with pytest.raises(UserError, match='holds no checkpoint: train there first'):
     sample(tmp_path)

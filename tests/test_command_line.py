@@ -1,0 +1,146 @@
+"""The command line as people write it: every mistake is a sentence, and nothing is lost."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.test_train import CONFIG, ROOT, run
+
+ENVIRONMENT = os.environ | {
+  'JAX_PLATFORMS': 'cpu',
+  'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
+}
+
+
+def main(*arguments, **environment):
+  """Exit code and output of main.py."""
+  process = subprocess.run(
+    [sys.executable, 'main.py', *map(str, arguments)],
+    cwd=ROOT,
+    env=ENVIRONMENT | environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  output = process.stdout + process.stderr
+  assert 'Traceback' not in output, output
+  return process.returncode, output
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('run')
+  run(workdir, '--config.training.n_iters=10', '--config.training.snapshot_sampling=False')
+  return workdir
+
+
+MISTAKES = {
+  'an unknown override after a path with a space': (
+    ['--config', CONFIG, '--config.training.bach_size=3'],
+    "Unknown config.training key 'bach_size': choose one of batch_size",
+  ),
+  'an override of a value as if it were a section': (
+    [f'--config={CONFIG}', '--config.seed.x=3'],
+    '--config.seed.x: config.seed is a value, not a section',
+  ),
+  'a configuration that does not exist': (['--config', 'nothing.py'], 'nothing.py does not exist'),
+  'a configuration without its argument': (
+    ['--config=tests/argument_config.py'],
+    "missing 1 required positional argument: 'which'; give its argument as",
+  ),
+  'a file that is no configuration': (
+    ['--config=tests/golden/fill.py'],
+    'has no function get_config()',
+  ),
+  'a flag file that does not exist': (['--flagfile=nothing.txt'], 'nothing.txt'),
+  'an empty directory': ([f'--config={CONFIG}', '--workdir='], '--workdir must name a directory'),
+  'processes without numbers': (
+    [f'--config={CONFIG}', '--coordinator=127.0.0.1:1', '--num_processes=2'],
+    'give all three',
+  ),
+}
+
+
+@pytest.mark.parametrize('case', MISTAKES)
+def test_mistake_is_a_sentence(case, tmp_path):
+  arguments, message = MISTAKES[case]
+  code, output = main('--mode=train', f'--workdir={tmp_path / "run"}', *arguments)
+  assert code != 0
+  assert message in output
+  assert not (tmp_path / 'run').exists()
+
+
+def test_unknown_override_in_a_flag_file_is_a_sentence(tmp_path):
+  path = tmp_path / 'flags.txt'
+  path.write_text(f'--config={CONFIG}\n--config.model.widht=3\n')
+  code, output = main('--mode=train', f'--workdir={tmp_path / "run"}', f'--flagfile={path}')
+  assert code != 0
+  assert "Unknown config.model key 'widht'" in output
+
+
+def test_configuration_with_an_argument_that_uses_jax_when_loaded_trains(tmp_path):
+  environment = {'XLA_FLAGS': ''}  # main.py makes the devices itself
+  arguments = ['--mode=train', f'--workdir={tmp_path}']
+  config = '--config=tests/argument_config.py:'
+  one_step = '--config.training.n_iters=1'
+  code, output = main(*arguments, config + 'thin', one_step, **environment)
+  assert code == 0, output
+  assert 'fixes the number of CPU devices at one' in output
+  code, output = main(*arguments, config + 'wide', one_step, **environment)
+  assert code == 1
+  assert 'model.width (was 4, is 8)' in output
+
+
+def test_modes_refuse_a_configuration_that_is_not_that_of_the_run(trained):
+  """Samples and numbers are those of the run: another SDE or schedule is not taken for it."""
+  before = {path: path.stat().st_mtime_ns for path in trained.rglob('*')}
+  cases = [
+    ('sample', '--config.training.sde=subvpsde', "training.sde (was 'vpsde', is 'subvpsde')"),
+    ('eval', '--config.model.beta_max=10.0', 'model.beta_max (was 20.0, is 10.0)'),
+    ('export', '--config.model.width=16', 'model.width (was 8, is 16)'),
+  ]
+  for mode, override, message in cases:
+    code, output = main(f'--mode={mode}', f'--config={CONFIG}', f'--workdir={trained}', override)
+    assert code == 1
+    assert message in output
+  assert {path: path.stat().st_mtime_ns for path in trained.rglob('*')} == before
+
+
+def test_double_precision_with_a_run_without_it_is_no_damage(trained):
+  arguments = [f'--config={CONFIG}', f'--workdir={trained}', '--config.sampling.num_samples=2']
+  arguments += ['--config.sampling.batch_size=2']
+  code, output = main('--mode=sample', *arguments, JAX_ENABLE_X64='1')
+  assert 'damaged' not in output
+  if code:
+    assert 'without JAX_ENABLE_X64' in output
+
+
+@pytest.mark.parametrize('content', ['', '{"training": {', '[1, 2]', '{"a": 1}'])
+def test_damaged_config_json_is_named_and_kept(content, tmp_path):
+  (tmp_path / 'config.json').write_text(content)
+  code, output = main('--mode=train', f'--config={CONFIG}', f'--workdir={tmp_path}')
+  assert code == 1
+  assert 'config.json' in output
+  assert 'restore it from a copy, or use another --workdir' in output
+  assert [path.name for path in tmp_path.iterdir()] == ['config.json']
+  assert (tmp_path / 'config.json').read_text() == content
+
+
+def test_a_locale_without_utf8_trains_in_a_directory_with_an_umlaut(tmp_path):
+  locale = {'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'LC_ALL': 'POSIX'}
+  workdir = tmp_path / 'läufe'
+  arguments = ['--mode=train', f'--config={CONFIG}', f'--workdir={workdir}']
+  for n_iters in (1, 2):
+    code, output = main(*arguments, f'--config.training.n_iters={n_iters}', **locale)
+    assert code == 0, output
+  assert (workdir / 'metrics.jsonl').exists()
+
+
+def test_directory_that_cannot_be_written_to_is_named(tmp_path):
+  (tmp_path / 'file').touch()
+  code, output = main('--mode=train', f'--config={CONFIG}', f'--workdir={tmp_path / "file"}')
+  assert code == 1
+  assert '--workdir' in output
+  assert 'choose another' in output
