@@ -27,11 +27,10 @@ from absl import logging
 import parallelism
 from errors import UserError
 from losses import State
+from runtime.weights import enumerate_names
 
 PREFIX = 'checkpoint'
 DIRECTORIES = ('checkpoints', 'checkpoints-meta')  # in the directory of a run
-
-_SHOWN = 4  # names in an error message
 
 
 class DamagedCheckpoint(UserError):
@@ -125,7 +124,7 @@ class CheckpointReader:
     return flax.serialization.from_state_dict(like, restored | absent)
 
   def _check_fit(self, number: int, problems: Mapping[str, Iterable[str]]) -> None:
-    found = [f'{kind}: {_enumerate(names)}' for kind, names in problems.items() if names]
+    found = [f'{kind}: {enumerate_names(names)}' for kind, names in problems.items() if names]
     if found:
       hint = ' without JAX_ENABLE_X64' if jax.config.jax_enable_x64 else ''
       raise MisfitCheckpoint(
@@ -312,7 +311,7 @@ def _restore_newest(
     return state, [entry for entry in damaged if _exists(directories, entry)]
   damaged = [entry for entry in damaged if _exists(directories, entry)]
   if damaged:
-    paths = _enumerate(str(directories[index].path(number)) for index, number in damaged)
+    paths = enumerate_names(str(directories[index].path(number)) for index, number in damaged)
     raise DamagedCheckpoint(
       f'All checkpoints are damaged ({paths}): restore one from a copy, or use a new --workdir.'
     )
@@ -348,12 +347,6 @@ def _mismatches(wanted: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
     for path, leaf in wanted.items()
     if describe(arrays[path]) != describe(leaf)
   ]
-
-
-def _enumerate(names: Iterable[str]) -> str:
-  names = sorted(names, key=lambda name: (not name.startswith('params'), name))
-  more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
-  return ', '.join(names[:_SHOWN]) + more
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -6,13 +6,14 @@ turned into a training state before the working directory is touched.
 
 import abc
 import dataclasses
+import functools
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import flax.linen as nn
-import flax.serialization
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -34,13 +35,12 @@ from errors import UserError
 from losses import State
 from models import utils as mutils
 from registry import Registry
+from runtime import weights
+from runtime import workdir as workdirs
+from runtime.weights import Arrays, enumerate_names
 from runtime.workdir import at_work, check_run, load_weights, log_start, record
 
-# Arrays by the path of their parameter, as in 'ResnetBlockBigGANpp_0/Conv_0/kernel'.
-Arrays = Mapping[str, np.ndarray]
-
 _HEAD = 64  # bytes by which a format is recognised
-_SHOWN = 8  # names in an error message
 
 _FORMATS = Registry('checkpoint format')
 register_format = _FORMATS.register
@@ -62,7 +62,7 @@ class Foreign:
   Attributes:
     step: training steps taken.
     params: parameters.
-    params_ema: their moving average.
+    params_ema: their moving average; without one the parameters stand for it.
     moments: of the optimizer; None if the file has none.
     model_state: other collections of the network.
     settings: configuration fields that the file knows; a contradiction is an error.
@@ -70,10 +70,93 @@ class Foreign:
 
   step: int
   params: Arrays
-  params_ema: Arrays
+  params_ema: Arrays | None = None
   moments: Moments | None = None
   model_state: Arrays = dataclasses.field(default_factory=dict)
-  settings: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+  """Dictionaries and lists in a file of another origin; what is not as it should be is a sentence.
+
+  Attributes:
+    path: of the file.
+    value: what is in it.
+    fix: what to do about a file that lacks something.
+  """
+
+  path: pathlib.Path
+  value: Any
+  fix: str
+
+  def at(self, kind: type, *keys: str | int) -> Any:
+    """The value under these keys, the outermost first.
+
+    Raises:
+      UserError: if one of them is missing, naming what is there instead; if the value is not of
+        this kind.
+    """
+    value = self.value
+    for depth, key in enumerate(keys):
+      inner = _inner(value, key)
+      if inner is None:
+        where, what = _joined(keys[:depth]) or 'it', _described(value)
+        self.refuse(f'has no {_joined(keys[: depth + 1])} ({where} is {what})')
+      value = inner
+    if not isinstance(value, kind):
+      self.refuse(
+        f'has {_described(value)} as {_joined(keys)}, where one of type {kind.__name__} must be'
+      )
+    return value
+
+  def has(self, *keys: str | int) -> bool:
+    """Whether something is under these keys, and neither None nor empty."""
+    value = functools.reduce(_inner, keys, self.value)
+    return value is not None and not (isinstance(value, Mapping | list) and not value)
+
+  def number(self, *keys: str | int) -> float:
+    """The number under these keys; an array of one element is one."""
+    value = self.at(object, *keys)
+    if isinstance(value, np.ndarray | np.generic) and value.size == 1:
+      value = value.item()
+    if not isinstance(value, int | float):
+      self.refuse(f'has {_described(value)} as {_joined(keys)}, where a number must be')
+    return value
+
+  def count(self, *keys: str | int) -> int:
+    """The number of steps or updates under these keys."""
+    value = self.number(*keys)
+    if not 0 <= value < 2**31 or value % 1:
+      self.refuse(f'has {_joined(keys)}={value:.6g}, which must be a whole number in [0, 2^31)')
+    return int(value)
+
+  def tree(self, *keys: str | int) -> dict[str, np.ndarray]:
+    """The arrays under these keys by path, without a level 'params' around all of them."""
+    if self.at(dict, *keys).keys() == {'params'}:
+      keys = (*keys, 'params')
+    return weights.flatten(self.at(dict, *keys))
+
+  def refuse(self, problem: str) -> NoReturn:
+    raise UserError(f'{self.path} {problem}: {self.fix}.')
+
+
+def _inner(value: Any, key: str | int) -> Any:
+  try:
+    return value[key]
+  except (KeyError, IndexError, TypeError):
+    return None
+
+
+def _joined(keys: Iterable[str | int]) -> str:
+  return '/'.join(map(str, keys))
+
+
+def _described(value: Any) -> str:
+  if isinstance(value, Mapping) and value:
+    return f'a dictionary of {enumerate_names(value)}'
+  size = f' of length {len(value)}' if isinstance(value, Mapping | list | tuple | str) else ''
+  return f'a value of type {type(value).__name__}{size}'
 
 
 class Format(abc.ABC):
@@ -100,38 +183,27 @@ class FlaxCheckpoint(Format):
 
   def read(self, path: pathlib.Path, config: ml_collections.ConfigDict) -> Foreign:
     del config
-    state = flax.serialization.msgpack_restore(path.read_bytes())
-    optimizer = state['optimizer']
-    averages = _flatten(optimizer['state']['param_states'])
+    content = weights.restore_flax(path.read_bytes())
+    file = Contents(path, content, 'give a checkpoint_<number> of the 2021 code')
+    averages = file.tree('optimizer', 'state', 'param_states')
     moments = Moments(
-      count=_integer(optimizer['state']['step']),
+      count=file.count('optimizer', 'state', 'step'),
       mu=_with_last(averages, 'grad_ema'),
       nu=_with_last(averages, 'grad_sq_ema'),
     )
     return Foreign(
-      step=_integer(state['step']),
-      params=_flatten(optimizer['target']),
-      params_ema=_flatten(state['params_ema']),
+      step=file.count('step'),
+      params=file.tree('optimizer', 'target'),
+      params_ema=file.tree('params_ema'),
       moments=moments,
-      model_state=_flatten(state['model_state']),
-      settings={'optim.lr': float(state['lr']), 'model.ema_rate': float(state['ema_rate'])},
+      model_state=file.tree('model_state'),
+      settings={'optim.lr': file.number('lr'), 'model.ema_rate': file.number('ema_rate')},
     )
-
-
-def _flatten(tree: Mapping) -> dict[str, np.ndarray]:
-  """Leaves by path, without a level 'params' around all of them."""
-  if tree.keys() == {'params'}:
-    tree = tree['params']
-  return flax.traverse_util.flatten_dict(tree, sep='/')
 
 
 def _with_last(flat: Arrays, leaf: str) -> dict[str, np.ndarray]:
   suffix = f'/{leaf}'
   return {path.removesuffix(suffix): x for path, x in flat.items() if path.endswith(suffix)}
-
-
-def _integer(x: Any) -> int:
-  return int(np.asarray(x).item())
 
 
 @register_format(name='a checkpoint of the PyTorch port')
@@ -143,23 +215,37 @@ class TorchCheckpoint(Format):
 
   def read(self, path: pathlib.Path, config: ml_collections.ConfigDict) -> Foreign:
     content = torch_file.load(path)
-    model = {key.removeprefix('module.'): x for key, x in content['model'].items()}
+    if isinstance(content, dict) and not _not_arrays(content):
+      content = {'model': content}  # a state dict alone
+    file = Contents(path, content, 'give a .pth as the PyTorch port saves it, or a state dict')
+    model = _unwrapped(file)
     model.pop('sigmas', None)  # the noise levels, which the configuration gives
-    groups, states = content['optimizer']['param_groups'], content['optimizer']['state']
 
     # The moving averages and the optimizer know parameters by their number, in the order of the
     # model; the averages leave out the Fourier frequencies, which are not trained.
-    frozen = {key for key, x in model.items() if key.endswith('.W') and x.ndim == 1}
-    trained = [key for key in model if key not in frozen]
-    ema = dict(zip(trained, content['ema']['shadow_params'], strict=True))
-    numbers = [number for group in groups for number in group['params']]
-    adam = {
-      key: states[number] for key, number in zip(model, numbers, strict=True) if number in states
+    frozen = {key: x for key, x in model.items() if key.endswith('.W') and x.ndim == 1}
+    average = None
+    if file.has('ema'):
+      average = frozen | _average(file, [key for key in model if key not in frozen])
+    else:
+      logging.warning(
+        f'{path} has no "ema" beside {enumerate_names(content)}: its parameters stand for their '
+        f'average, and samples are those of the given weights.'
+      )
+    count, mu, nu = _adam(file, model) if file.has('optimizer', 'state') else (0, {}, {})
+    step = count
+    if file.has('step'):
+      step = file.count('step')
+    else:
+      source = 'the number of updates of its optimizer' if count else 'as if training began'
+      logging.warning(f'{path} has no "step": it counts as of step {step}, {source}.')
+    known = {
+      'model.ema_rate': ('ema', 'decay'),
+      'optim.beta1': ('optimizer', 'param_groups', 0, 'betas', 0),
+      'optim.eps': ('optimizer', 'param_groups', 0, 'eps'),
     }
-    zeros = {key: np.zeros_like(model[key]) for key in frozen}
-    counts = {_integer(state['step']) for state in adam.values()}
-    if len(counts) > 1:
-      raise ValueError(f'parameters with different numbers of updates {counts}')
+    if step > config.optim.warmup:  # before, it is that of the warm-up
+      known['optim.lr'] = ('optimizer', 'param_groups', 0, 'lr')
 
     names = _port_names(config, model)
 
@@ -167,28 +253,70 @@ class TorchCheckpoint(Format):
       renamed = ((names.get(key, key), x) for key, x in arrays.items())
       return {name: _channels_last(name, x) for name, x in renamed}
 
-    moments = None
-    if adam:
-      moments = Moments(
-        count=counts.pop(),
-        mu=ours(zeros | {key: state['exp_avg'] for key, state in adam.items()}),
-        nu=ours(zeros | {key: state['exp_avg_sq'] for key, state in adam.items()}),
-      )
-    step = _integer(content['step'])
-    settings = {
-      'model.ema_rate': content['ema']['decay'],
-      'optim.beta1': groups[0]['betas'][0],
-      'optim.eps': groups[0]['eps'],
-    }
-    if step > config.optim.warmup:  # before, it is that of the warm-up
-      settings['optim.lr'] = groups[0]['lr']
+    zeros = {key: np.zeros_like(x) for key, x in frozen.items()}
     return Foreign(
       step=step,
       params=ours(model),
-      params_ema=ours({key: model[key] for key in frozen} | ema),
-      moments=moments,
-      settings=settings,
+      params_ema=average and ours(average),
+      moments=Moments(count, ours(zeros | mu), ours(zeros | nu)) if mu else None,
+      settings={name: file.number(*keys) for name, keys in known.items() if file.has(*keys)},
     )
+
+
+def _not_arrays(entries: Mapping) -> set[Any]:
+  return {key for key, x in entries.items() if not isinstance(x, np.ndarray)}
+
+
+def _unwrapped(file: Contents) -> dict[str, np.ndarray]:
+  """The parameters of the model, without the names of what it was wrapped in.
+
+  `DataParallel` puts 'module.' before the names of its network and `torch.compile` '_orig_mod.'.
+  """
+  model = file.at(dict, 'model')
+  if strange := _not_arrays(model):
+    file.refuse(f'has entries in model that are not tensors, {enumerate_names(strange)}')
+  unwrapped = {
+    '.'.join(part for part in str(key).split('.') if part not in ('module', '_orig_mod')): x
+    for key, x in model.items()
+  }
+  if len(unwrapped) < len(model):
+    file.refuse('has parameters in model whose names differ in nothing but module. and _orig_mod.')
+  return unwrapped
+
+
+def _average(file: Contents, trained: list[str]) -> dict[str, np.ndarray]:
+  """The moving averages by the name of the parameter."""
+  shadow = file.at(list, 'ema', 'shadow_params')
+  if len(shadow) != len(trained) or _not_arrays(dict(enumerate(shadow))):
+    file.refuse(
+      f'has {len(trained)} trained parameters in model, and the {len(shadow)} entries of '
+      f'ema/shadow_params are not one tensor for each'
+    )
+  return dict(zip(trained, shadow, strict=True))
+
+
+def _adam(file: Contents, model: Arrays) -> tuple[int, Arrays, Arrays]:
+  """The number of Adam's updates, and its moving averages by the name of the parameter."""
+  groups = range(len(file.at(list, 'optimizer', 'param_groups')))
+  numbers = [
+    number for i in groups for number in file.at(list, 'optimizer', 'param_groups', i, 'params')
+  ]
+  states = file.at(dict, 'optimizer', 'state')
+  updated = {key: number for key, number in zip(model, numbers, strict=False) if number in states}
+  if not len(set(numbers)) == len(numbers) == len(model) or not updated:
+    file.refuse(
+      f'has {len(model)} parameters in model, and {len(numbers)} in the param_groups of optimizer, '
+      f'{len(updated)} of them with a state'
+    )
+  counts = {file.count('optimizer', 'state', number, 'step') for number in updated.values()}
+  if len(counts) > 1:
+    file.refuse(f'has parameters with different numbers of updates, {enumerate_names(counts)}')
+
+  def averages(name: str) -> dict[str, np.ndarray]:
+    of = lambda number: file.at(np.ndarray, 'optimizer', 'state', number, name)
+    return {key: of(number) for key, number in updated.items()}
+
+  return counts.pop(), averages('exp_avg'), averages('exp_avg_sq')
 
 
 def _channels_last(name: str, x: np.ndarray) -> np.ndarray:
@@ -201,12 +329,13 @@ def _channels_last(name: str, x: np.ndarray) -> np.ndarray:
 def _port_names(config: ml_collections.ConfigDict, keys: Iterable[str]) -> dict[str, str]:
   """Our path of each parameter, by its name in the PyTorch port."""
   _, _, params = mutils.abstract_model(config)
-  paths = _flatten(params)
+  paths = weights.flatten(params)
   if config.model.name.startswith('ncsnv2'):
     return {_ncsnv2_name(path, paths): path for path in paths}
   # The port keeps the modules in one list; those without weights may take a place in it.
   order = _call_order(config)
-  found = sorted({int(key.split('.')[1]) for key in keys if key.startswith('all_modules.')})
+  matches = (re.match(r'all_modules\.(\d{1,6})\.', key) for key in keys)
+  found = sorted({int(match[1]) for match in matches if match})
   numbers = found if len(found) == len(order) else range(len(order))
   number = dict(zip(order, numbers, strict=True))
   names = {}
@@ -273,14 +402,36 @@ class Safetensors(Format):
     return head[4:9] == b'\0\0\0\0{'
 
   def read(self, path: pathlib.Path, config: ml_collections.ConfigDict) -> Foreign:
-    del config
-    with safetensors.safe_open(path, framework='numpy') as file:
-      step = int(file.metadata()['step'])
-      arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     prefix = 'params/'
+    with safetensors.safe_open(path, framework='numpy') as opened:
+      metadata, names = opened.metadata() or {}, opened.keys()
+      step = metadata.get('step', '')
+      ours = [name for name in names if name.startswith(prefix)]
+      if not ours or not re.fullmatch('[0-9]{1,10}', step):
+        raise UserError(
+          f'{path} is not of --mode=export, whose tensors are named params/... and whose metadata '
+          f'has the step: it has {len(names)} tensors ({enumerate_names(names)}) and the metadata '
+          f'({enumerate_names(metadata)}); give a file of --mode=export.'
+        )
+      arrays = {name: opened.get_tensor(name) for name in names}
     params = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
     model_state = {name: x for name, x in arrays.items() if not name.startswith(prefix)}
-    return Foreign(step=step, params=params, params_ema=params, model_state=model_state)
+    recorded = Contents(path, _json(metadata.get('config', '{}')), 'give a file of --mode=export')
+    known = configuration.flatten(config).keys()
+    settings = {
+      name: value
+      for name, value in recorded.at(dict).items()
+      if workdirs.of_model(name) and name in known
+    }
+    return Foreign(int(step), params, params, model_state=model_state, settings=settings)
+
+
+def _json(text: str) -> Any:
+  """What a text says in JSON; the text itself if that is nothing."""
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError):
+    return text
 
 
 def import_checkpoint(
@@ -364,12 +515,12 @@ def read_state(config: ml_collections.ConfigDict, checkpoint: str | None) -> Sta
 
 def _to_state(config: ml_collections.ConfigDict, path: pathlib.Path, foreign: Foreign) -> State:
   """The state that training and evaluation go on from."""
+  configured = configuration.flatten(config)
   for name, value in foreign.settings.items():
-    section, key = name.split('.')
-    if not np.isclose(config[section][key], value, rtol=1e-6, atol=0):  # it may be in float32
+    if not _same(configured[name], value):
       raise UserError(
-        f'{path} was trained with {name}={value:g}, and the configuration says '
-        f'{config[section][key]:g}: add --config.{name}={value:g}.'
+        f'{path} was trained with {name}={_shown(value)}, and the configuration says '
+        f'{_shown(configured[name])}: add --config.{name}={_shown(value)}.'
       )
   if not 0 <= foreign.step < 2**31:
     raise UserError(f'{path} has step={foreign.step}, which must be in [0, 2^31): it is damaged.')
@@ -381,6 +532,7 @@ def _to_state(config: ml_collections.ConfigDict, path: pathlib.Path, foreign: Fo
     return _fit(f'{model}; its {what}: ', arrays, like)
 
   params = fit('parameters', foreign.params, like.params)
+  params_ema = foreign.params if foreign.params_ema is None else foreign.params_ema
   step = jnp.asarray(foreign.step, jnp.int32)
   opt_state = losses.get_optimizer(config).init(params)
   opt_state = _set(opt_state, 'ScaleByScheduleState', count=step)
@@ -392,14 +544,27 @@ def _to_state(config: ml_collections.ConfigDict, path: pathlib.Path, foreign: Fo
       mu=fit('first moments', foreign.moments.mu, like.params),
       nu=fit('second moments', foreign.moments.nu, like.params),
     )
+  else:
+    logging.warning('%s has no state of an optimizer: Adam starts anew.', path)
   return State(
     step=step,
     params=params,
-    params_ema=fit('averages', foreign.params_ema, like.params),
+    params_ema=fit('averages', params_ema, like.params),
     opt_state=opt_state,
     model_state=fit('other collections', foreign.model_state, like.model_state),
     ema_rate=config.model.ema_rate,
   )
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+  numbers = [isinstance(value, (int, float)) for value in (ours, theirs)]
+  if all(numbers):
+    return bool(np.isclose(ours, theirs, rtol=1e-6, atol=0))  # theirs may be in float32
+  return ours == theirs
+
+
+def _shown(value: Any) -> str:
+  return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def _set(opt_state: Any, kind: str, **fields: Any) -> Any:
@@ -415,40 +580,13 @@ def _set(opt_state: Any, kind: str, **fields: Any) -> Any:
 
 
 def _fit(where: str, arrays: Arrays, like: Any) -> Any:
-  """The tree shaped as `like` with these arrays; leading axes of length one may come and go."""
-  expected = flax.traverse_util.flatten_dict(like, sep='/')
-  shape = {name: np.shape(x) for name, x in arrays.items()}
-  common = expected.keys() & arrays.keys()
-  problems = {
-    'missing': expected.keys() - common,
-    'unexpected': arrays.keys() - common,
-    'of another shape': {
-      f'{name} {shape[name]} instead of {expected[name].shape}'
-      for name in common
-      if _without_leading_ones(shape[name]) != _without_leading_ones(expected[name].shape)
-    },
-    'not finite': {name for name in common if not np.isfinite(arrays[name]).all()},
-  }
-  found = [f'{kind}: {_enumerate(names)}' for kind, names in problems.items() if names]
-  if found:
+  """The tree shaped as `like` with these arrays, or a sentence that begins with `where`."""
+  try:
+    return weights.fit(arrays, like)
+  except weights.Misfit as error:
     raise UserError(
-      f'{where}{"; ".join(found)}. Give the configuration that the file was trained with.'
-    )
-  fitted = {
-    name: np.asarray(arrays[name], leaf.dtype).reshape(leaf.shape)
-    for name, leaf in expected.items()
-  }
-  return flax.traverse_util.unflatten_dict(fitted, sep='/')
-
-
-def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-  return next((shape[i:] for i, n in enumerate(shape) if n != 1), ())
-
-
-def _enumerate(names: Iterable[str]) -> str:
-  names = sorted(names)
-  more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
-  return ', '.join(names[:_SHOWN]) + more
+      f'{where}{error}. Give the configuration that the file was trained with.'
+    ) from error
 
 
 def export_checkpoint(

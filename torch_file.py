@@ -1,14 +1,16 @@
 """Reads files of `torch.save` without PyTorch, and without running anything that is in them.
 
-Such a file is a pickle, which is a program: it may name any function of Python and call it. Here it
-may name only what a checkpoint consists of, and each of those names stands for a function of this
-module that makes a NumPy array, a number or a dictionary. Everything else is refused.
+Such a file is a pickle: a program for a small machine with a stack, which may call any function of
+Python. Here a machine of our own runs it. It knows the instructions that `torch.save` writes and
+the names of what a checkpoint consists of, each of which stands for a function of this module that
+makes a NumPy array, a number or a dictionary. Everything else is refused, and so is a program whose
+result would be larger than the file.
 """
 
 import io
+import math
 import mmap
 import pathlib
-import pickle
 import pickletools
 import zipfile
 from collections.abc import Callable
@@ -22,11 +24,19 @@ from errors import UserError
 ZIP_MAGIC = b'PK\x03\x04'
 LEGACY_MAGIC = b'\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19'  # the pickle of torch's magic number
 
+# The deepest published network has 963 parameters: with EMA and Adam 4,800 tensors of 31
+# instructions, and as many entries of about 100 bytes in the directory of the ZIP file.
+_MOST_INSTRUCTIONS = 500_000
+_LONGEST_READ = 2**20  # bytes
+_DEEPEST = 32  # dictionaries in dictionaries, and axes of a tensor
+# Bytes of all tensors by those of the file; more than 1 if tensors share a storage.
+_MOST_COPIES = 4
+
 _STORAGES = {
   'DoubleStorage': 'f8',
   'FloatStorage': 'f4',
   'HalfStorage': 'f2',
-  'BFloat16Storage': np.dtype(ml_dtypes.bfloat16).name,
+  'BFloat16Storage': ml_dtypes.bfloat16,
   'LongStorage': 'i8',
   'IntStorage': 'i4',
   'ShortStorage': 'i2',
@@ -40,167 +50,305 @@ _STORAGES = {
 StorageReader = Callable[[np.dtype, str, int], np.ndarray]
 
 
-class _Dict(dict):
-  """An ordered dictionary that ignores the attributes PyTorch puts on it."""
-
-  __slots__ = ()
-
-  def __setstate__(self, state: Any) -> None:
-    del state
-
-
-class _Scalar:
-  """The type of a NumPy number; the byte order arrives after the name, in NumPy's pickles too."""
-
-  def __init__(self, name: str, *_: Any):
-    self.dtype = np.dtype(name)
-
-  def __setstate__(self, state: tuple) -> None:
-    self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Unpickler(pickle.Unpickler):
-  """Builds arrays; what is not in `find_class` cannot be named.
-
-  Methods stand for the functions, since a pickle may try to set attributes of what it names.
-  """
-
-  def __init__(self, file: IO[bytes], read_storage: StorageReader, byteorder: str = '<'):
-    super().__init__(file)
-    self._read_storage = read_storage
-    self._byteorder = byteorder
-
-  def find_class(self, module: str, name: str) -> Any:
-    if module in ('torch', 'torch.storage') and name in _STORAGES:
-      return _STORAGES[name]
-    allowed = {
-      'collections.OrderedDict': self._ordered_dict,
-      'torch.Size': self._size,
-      'torch._utils._rebuild_tensor': self._tensor,
-      'torch._utils._rebuild_tensor_v2': self._tensor,
-      'torch._utils._rebuild_parameter': self._parameter,
-      # A learning rate may be a NumPy number.
-      'numpy.dtype': self._scalar_type,
-      'numpy.core.multiarray.scalar': self._scalar,
-      'numpy._core.multiarray.scalar': self._scalar,
-      '_codecs.encode': self._encode,
-    }
-    if f'{module}.{name}' not in allowed:
-      raise UserError(
-        f'The file names the Python object {module}.{name}, which no checkpoint needs and which '
-        f'may be harmful; it was refused and nothing was run: get the file from its author again.'
-      )
-    return allowed[f'{module}.{name}']
-
-  def persistent_load(self, pid: tuple) -> np.ndarray:
-    kind, dtype, key, _, size, *view = pid
-    if kind != 'storage' or any(view):
-      raise ValueError(f'unknown reference {kind!r} {view}')
-    return self._read_storage(np.dtype(dtype).newbyteorder(self._byteorder), key, size)
-
-  def _tensor(self, storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) -> np.ndarray:
-    item = storage.dtype.itemsize
-    strides = [item * step for step in stride]
-    # NumPy checks that the array stays inside the storage.
-    return np.ndarray(size, storage.dtype, storage, item * offset, strides)
-
-  def _parameter(self, data: np.ndarray, *_: Any) -> np.ndarray:
-    return data
-
-  def _ordered_dict(self, items: tuple = ()) -> _Dict:
-    return _Dict(items)
-
-  def _size(self, size: tuple) -> tuple:
-    return tuple(size)
-
-  def _scalar_type(self, name: str, *_: Any) -> _Scalar:
-    return _Scalar(name)
-
-  def _scalar(self, kind: _Scalar, data: bytes) -> int | float | bool:
-    return np.frombuffer(data, kind.dtype)[0].item()
-
-  def _encode(self, text: str, encoding: str = 'latin1') -> bytes:
-    del encoding
-    return text.encode('latin1')
+class _Refused(ValueError):
+  """What the file does that no checkpoint does, as the rest of a sentence that begins with it."""
 
 
 def load(path: pathlib.Path) -> Any:
   """The content of a file of `torch.save`, tensors as NumPy arrays (views of their storages).
 
-  Reads the ZIP format (PyTorch 1.6 and later) and the older one.
+  Reads the ZIP format (PyTorch 1.6 and later) and the older one. Time and memory are bounded by the
+  size of the file: nothing is nested deep, and all tensors together are not much larger than it.
 
   Raises:
-    UserError: if the file names something that is not part of a checkpoint.
+    UserError: if the file does what no checkpoint does.
     Exception: of any other kind if the file is damaged or not of `torch.save`.
   """
   with path.open('rb') as file:
     is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
-    file.seek(0)
-    if is_zip:
-      return _load_zip(file)
-    # Mapped, because a file would make room for as many bytes as a pickle asks for.
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-      return _load_legacy(content)
+  try:
+    return _load_zip(path) if is_zip else _load_legacy(path)
+  except _Refused as error:
+    raise UserError(
+      f'{path} {error}; it was refused and nothing was run: get the file from its author again.'
+    ) from error
 
 
-def _load_zip(file: IO[bytes]) -> Any:
+class _ShortReads(io.FileIO):
+  """A file that reads in pieces, as `ZipFile` reads a directory as long as it claims to be."""
+
+  def read(self, size: int = -1) -> bytes:
+    return super().read(_LONGEST_READ if size < 0 else min(size, _LONGEST_READ))
+
+
+def _load_zip(path: pathlib.Path) -> Any:
   """`data.pkl` holds the pickle, `data/<key>` the storages, `byteorder` 'little' or 'big'."""
-  with zipfile.ZipFile(file) as archive:
+  with _ShortReads(path) as file, zipfile.ZipFile(file) as archive:
     entries = {info.filename.partition('/')[2]: info for info in archive.infolist()}
+    if 'data.pkl' not in entries:
+      raise _Refused(f'is a ZIP file of {len(entries)} entries without the data.pkl of torch.save')
     storages = {}
-    left = file.seek(0, io.SEEK_END)
+    left = file_size = path.stat().st_size
 
     def read(name: str) -> bytes:
       nonlocal left
       entry = entries[name]
       left -= entry.file_size
       if entry.compress_type != zipfile.ZIP_STORED or left < 0:
-        raise ValueError(f'{name} is larger than the file allows')
-      return archive.read(entry)
+        raise _Refused(f'has an entry {name} that is compressed or larger than the file allows')
+      with archive.open(entry) as opened:
+        return b''.join(iter(lambda: opened.read(_LONGEST_READ), b''))
 
     def read_storage(dtype: np.dtype, key: str, size: int) -> np.ndarray:
       if key not in storages:
         storages[key] = np.frombuffer(read(f'data/{key}'), dtype)
-      if storages[key].size != size:
-        raise ValueError(f'storage {key} has {storages[key].size} elements, not {size}')
+      _check_storage(storages[key], dtype, key, size)
       return storages[key]
 
-    big = 'byteorder' in entries and read('byteorder') == b'big'
-    return _unpickle(io.BytesIO(read('data.pkl')), read_storage, '>' if big else '<')
+    order = '>' if 'byteorder' in entries and read('byteorder') == b'big' else '<'
+    return _Machine(read_storage, file_size, order).run(io.BytesIO(read('data.pkl')))
 
 
-def _load_legacy(file: mmap.mmap) -> Any:
+def _load_legacy(path: pathlib.Path) -> Any:
   """Five pickles (magic number, version, system, content, keys), then the storages by key."""
-  storages = {}
-  left = len(file)
+  # Mapped, because a file would make room for as many bytes as a pickle asks for.
+  with path.open('rb') as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
+    storages = {}
+    left = len(file)
 
-  def make_storage(dtype: np.dtype, key: str, size: int) -> np.ndarray:
-    nonlocal left
-    if key not in storages:
-      left -= size * dtype.itemsize
-      if size < 0 or left < 0:
-        raise ValueError(f'storage {key} is larger than the file')
-      storages[key] = np.empty(size, dtype)
-    return storages[key]
+    def make_storage(dtype: np.dtype, key: str, size: int) -> np.ndarray:
+      nonlocal left
+      if key not in storages:
+        left -= size * dtype.itemsize
+        if size < 0 or left < 0:
+          raise ValueError(f'storage {key} is larger than the file')
+        storages[key] = np.empty(size, dtype)
+      _check_storage(storages[key], dtype, key, size)
+      return storages[key]
 
-  _, _, system, content, keys = (_unpickle(file, make_storage) for _ in range(5))
-  if not system['little_endian']:
-    raise ValueError('the old format in big-endian byte order')
-  for key in keys:  # the arrays of `content` are views of these
-    storage = storages.pop(key)
-    if int.from_bytes(file.read(8), 'little') != storage.size:
-      raise ValueError(f'storage {key} has another size')
-    storage[:] = np.frombuffer(file.read(storage.nbytes), storage.dtype, storage.size)
-  if storages:
-    raise ValueError(f'storages {sorted(storages)} are not in the file')
-  return content
+    machine = _Machine(make_storage, len(file))
+    _, _, system, content, keys = (machine.run(file) for _ in range(5))
+    if not system['little_endian']:
+      raise ValueError('the old format in big-endian byte order')
+    for key in keys:  # the arrays of `content` are views of these
+      storage = storages.pop(_checked_key(key))
+      if int.from_bytes(file.read(8), 'little') != storage.size:
+        raise ValueError(f'storage {key} has another size')
+      storage[:] = np.frombuffer(file.read(storage.nbytes), storage.dtype, storage.size)
+    if storages:
+      raise ValueError(f'storages {sorted(storages)} are not in the file')
+    return content
 
 
-def _unpickle(file: IO[bytes], read_storage: StorageReader, byteorder: str = '<') -> Any:
-  """Reads one pickle, after a look at its places of memory: a huge number would take as much."""
-  start = file.tell()
-  for opcode, argument, position in pickletools.genops(file):
-    if opcode.name.endswith('PUT') and argument > position:
-      raise ValueError(f'place {argument} of memory in a pickle of {position} bytes')
-  file.seek(start)
-  return _Unpickler(file, read_storage, byteorder).load()
+def _check_storage(storage: np.ndarray, dtype: np.dtype, key: str, size: int) -> None:
+  if (storage.dtype, storage.size) != (dtype, size):
+    raise ValueError(
+      f'storage {key} has {storage.size} elements of {storage.dtype}, not {size} of {dtype}'
+    )
+
+
+class _Machine:
+  """Runs pickles: a stack, marks in it, and a memory of what was made.
+
+  Args:
+    read_storage: gives the elements that tensors are views of.
+    file_size: in bytes, which bounds the size of the result.
+    byteorder: of the storages.
+  """
+
+  def __init__(self, read_storage: StorageReader, file_size: int, byteorder: str = '<'):
+    self._read_storage = read_storage
+    self._file_size = file_size
+    self._byteorder = byteorder
+    self._instructions_left = _MOST_INSTRUCTIONS
+
+  def run(self, file: IO[bytes] | mmap.mmap) -> Any:
+    """The result of the program that begins here; `file` is then behind it."""
+    stack, marks, memory = [], [], {}
+    pop, push = stack.pop, stack.append
+
+    def pop_from(start: int) -> list:
+      items = stack[start:]
+      del stack[start:]
+      return items
+
+    for opcode, argument, _ in pickletools.genops(file):
+      self._instructions_left -= 1
+      if self._instructions_left < 0:
+        raise _Refused(
+          f'has more than {_MOST_INSTRUCTIONS} instructions, which no checkpoint needs'
+        )
+      match opcode.name:
+        case 'PROTO' | 'FRAME':
+          pass
+        case 'MARK':
+          marks.append(len(stack))
+        case 'BINPUT' | 'LONG_BINPUT':
+          memory[argument] = stack[-1]
+        case 'MEMOIZE':
+          memory[len(memory)] = stack[-1]
+        case 'BINGET' | 'LONG_BINGET':
+          push(memory[argument])
+        case 'NONE':
+          push(None)
+        case 'NEWTRUE' | 'NEWFALSE':
+          push(opcode.name == 'NEWTRUE')
+        case 'BININT' | 'BININT1' | 'BININT2' | 'BINFLOAT':
+          push(argument)
+        case 'LONG1':
+          push(_checked_number(argument))
+        case 'BINUNICODE' | 'SHORT_BINUNICODE' | 'BINBYTES' | 'SHORT_BINBYTES':
+          push(argument)
+        case 'EMPTY_TUPLE':
+          push(())
+        case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
+          push(tuple(pop_from(-int(opcode.name[-1]))))
+        case 'TUPLE':
+          push(tuple(pop_from(marks.pop())))
+        case 'EMPTY_LIST':
+          push([])
+        case 'APPEND' | 'APPENDS':
+          items = pop_from(-1 if opcode.name == 'APPEND' else marks.pop())
+          _of_type(list, stack[-1]).extend(items)
+        case 'EMPTY_DICT':
+          push({})
+        case 'SETITEM' | 'SETITEMS':
+          items = pop_from(-2 if opcode.name == 'SETITEM' else marks.pop())
+          keys = map(_checked_key, items[::2])
+          _of_type(dict, stack[-1]).update(zip(keys, items[1::2], strict=True))
+        case 'GLOBAL':
+          push(_named(argument.replace(' ', '.')))
+        case 'STACK_GLOBAL':
+          name = pop()
+          push(_named(f'{_of_type(str, pop())}.{_of_type(str, name)}'))
+        case 'BINPERSID':
+          push(self._storage(pop()))
+        case 'REDUCE':
+          arguments = _of_type(tuple, pop())
+          push(_called(pop(), arguments))
+        case 'BUILD':
+          _set_state(stack[-2], pop())
+        case 'STOP':
+          return self._checked_size(pop())
+        case _:
+          raise _Refused(f'has the instruction {opcode.name}, which torch.save does not write')
+
+  def _storage(self, reference: tuple) -> np.ndarray:
+    """What ('storage', type, key, device, number of elements, None) refers to."""
+    kind, dtype, key, _, size, *view = _of_type(tuple, reference)[:7]
+    if kind != 'storage' or view not in ([], [None]):
+      raise ValueError('a reference to something other than a storage')
+    dtype = _of_type(np.dtype, dtype).newbyteorder(self._byteorder)
+    return self._read_storage(dtype, _of_type(str, key), _of_type(int, size))
+
+  def _checked_size(self, result: Any) -> Any:
+    """The result if it is a tree, and not a small graph that stands for an endless one."""
+    items_left, bytes_left = _MOST_INSTRUCTIONS, _MOST_COPIES * self._file_size
+
+    def visit(item: Any, depth: int) -> None:
+      nonlocal items_left, bytes_left
+      items_left -= 1
+      bytes_left -= item.nbytes if isinstance(item, np.ndarray) else 0
+      if depth > _DEEPEST or items_left < 0:
+        raise _Refused('has lists or dictionaries nested in each other, as no checkpoint has them')
+      if bytes_left < 0:
+        raise _Refused(f'has tensors that together are over {_MOST_COPIES} times as large as it is')
+      inner = item.values() if isinstance(item, dict) else item
+      for x in inner if isinstance(item, dict | list | tuple) else ():
+        visit(x, depth + 1)
+
+    visit(result, 0)
+    return result
+
+
+def _of_type(kind: type, value: Any) -> Any:
+  if not isinstance(value, kind):
+    raise ValueError(f'{type(value).__name__} where {kind.__name__} must be')
+  return value
+
+
+def _checked_number(number: int) -> int:
+  if not -(2**127) <= number < 2**127:  # torch's magic number has 80 bits
+    raise _Refused('has a number of more than 128 bits')
+  return number
+
+
+def _checked_key(key: Any) -> str | int:
+  """A key of a dictionary. Hashing a nested tuple, or many unlike large numbers, takes forever."""
+  if not isinstance(key, str) and not (isinstance(key, int) and 0 <= key < 2**60):
+    raise _Refused('has a dictionary with a key that is neither a name nor a small number')
+  return key
+
+
+# What a pickle may name, and what that stands for here.
+
+
+class _NumberType:
+  """The type of a NumPy number, whose byte order arrives after its name."""
+
+  def __init__(self, name: str):
+    self.dtype = np.dtype(name)
+
+
+def _number_type(name: str, *_: Any) -> _NumberType:
+  if name not in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1'):
+    raise ValueError('a NumPy number of an unusual type')
+  return _NumberType(name)
+
+
+def _number(kind: _NumberType, data: bytes) -> int | float | bool:
+  return np.frombuffer(data, _of_type(_NumberType, kind).dtype)[0].item()
+
+
+def _encode(text: str, _: str = 'latin1') -> bytes:
+  if len(text) > 8:
+    raise ValueError('bytes that are no NumPy number')
+  return text.encode('latin1')
+
+
+def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
+  if not len(size) == len(stride) <= _DEEPEST:
+    raise ValueError('a tensor whose size and strides are not of the same length, at most 32')
+  if math.prod(_of_type(int, n) for n in size) > storage.size:
+    raise _Refused(f'has a tensor of more elements than the {storage.size} of its storage')
+  item = storage.dtype.itemsize
+  # NumPy checks that the array stays inside the storage.
+  return np.ndarray(size, storage.dtype, storage, item * offset, [item * step for step in stride])
+
+
+_NAMES = {
+  **{f'torch.{name}': np.dtype(kind) for name, kind in _STORAGES.items()},
+  **{f'torch.storage.{name}': np.dtype(kind) for name, kind in _STORAGES.items()},
+  'collections.OrderedDict': lambda: {},
+  'torch.Size': lambda size: size,
+  'torch._utils._rebuild_tensor': _tensor,
+  'torch._utils._rebuild_tensor_v2': _tensor,
+  'torch._utils._rebuild_parameter': lambda data, *_: data,
+  # A learning rate may be a NumPy number.
+  'numpy.dtype': _number_type,
+  'numpy.core.multiarray.scalar': _number,
+  'numpy._core.multiarray.scalar': _number,
+  '_codecs.encode': _encode,
+}
+
+
+def _named(name: str) -> Any:
+  if name not in _NAMES:
+    shown = (name if name.isprintable() else ascii(name))[:100]
+    raise _Refused(
+      f'names the Python object {shown}, which no checkpoint needs and which may be harmful'
+    )
+  return _NAMES[name]
+
+
+def _called(function: Any, arguments: tuple) -> Any:
+  """Nothing but the functions of `_NAMES` can be called: whatever else a program makes cannot."""
+  if len(arguments) > 8:
+    raise ValueError('a call with too many arguments')
+  return function(*arguments)
+
+
+def _set_state(target: Any, state: Any) -> None:
+  """The attributes that PyTorch puts on a dictionary are of no use here; the byte order is."""
+  if isinstance(target, _NumberType):
+    target.dtype = target.dtype.newbyteorder(state[1])

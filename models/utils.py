@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
+import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import flax.serialization
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import safetensors.numpy
 
 from errors import UserError
 from registry import Registry
+from runtime import weights
 from sde_lib import SDE, ScoreFn, batch_mul, default_of
 
 _MODELS = Registry('model')
@@ -176,6 +177,8 @@ def create_classifier(
         f'create it with the fields that it was trained with, or with none.'
       )
     fields = trained
+  elif ckpt_path is not None:
+    params = _read_flax_file(ckpt_path)
   cls = get_classifier(name)
   known = classifier_fields(name)
   if unknown := set(fields) - set(known):
@@ -183,29 +186,20 @@ def create_classifier(
       f'The classifier {name} has no fields {sorted(unknown)}: choose from {", ".join(known)}.'
     )
   classifier = cls(**fields)
-  images, sigmas = jnp.zeros((batch_size, *image_shape)), jnp.ones(batch_size)
 
   def init(rng):
+    images, sigmas = jnp.zeros((batch_size, *image_shape)), jnp.ones(batch_size)
     return classifier.init(rng, images, sigmas, train=False)['params']
 
   if ckpt_path is None:
     return classifier, jax.jit(init)(prng_key)
-  like = jax.eval_shape(init, prng_key)
   try:
-    if is_classifier_file(ckpt_path):
-      params = flax.serialization.from_state_dict(like, params)
-    else:
-      params = flax.serialization.from_bytes(like, pathlib.Path(ckpt_path).read_bytes())
-  except (OSError, ValueError) as error:
-    raise UserError(f'{ckpt_path} is not a file of parameters of {name}: {error}.') from error
-  for (path, expected), leaf in zip(
-    jax.tree.leaves_with_path(like), jax.tree.leaves(params), strict=True
-  ):
-    if leaf.shape != expected.shape:
-      raise UserError(
-        f'{ckpt_path} has {leaf.shape} where the classifier has {expected.shape} '
-        f'({jax.tree_util.keystr(path)}): create it with the fields that it was trained with.'
-      )
+    params = weights.fit(weights.flatten(params), jax.eval_shape(init, prng_key))
+  except Exception as error:  # fields and parameters can be anything too
+    raise UserError(
+      f'{ckpt_path} does not fit the classifier {name} with {fields} ({_reason(error)}): '
+      f'create it with the fields that it was trained with.'
+    ) from error
   return classifier, jax.tree.map(jnp.asarray, params)
 
 
@@ -236,14 +230,72 @@ def read_classifier_file(path: str | pathlib.Path) -> tuple[PyTree, dict[str, An
   """
   try:
     with safetensors.safe_open(path, framework='numpy') as file:
-      info = json.loads((file.metadata() or {})['classifier'])
+      info = _classifier_info(file.metadata() or {})
       arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-  except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+    return flax.traverse_util.unflatten_dict(arrays, sep='/'), info
+  except Exception as error:  # a hostile file can make a parser raise anything
     raise UserError(
-      f'{path} is not a classifier ({type(error).__name__}: {error}): give the '
-      f'classifier.safetensors of a run of --mode=train_classifier.'
+      f'{path} is not a classifier ({_reason(error)}): give the classifier.safetensors of a run of '
+      f'--mode=train_classifier.'
     ) from error
-  return flax.traverse_util.unflatten_dict(arrays, sep='/'), info
+
+
+def _classifier_info(metadata: Mapping[str, str]) -> dict[str, Any]:
+  """What the metadata of a file says of its classifier.
+
+  Raises:
+    ValueError: if it is not what `--mode=train_classifier` writes.
+  """
+  if 'classifier' not in metadata:
+    found = weights.enumerate_names(metadata)
+    raise ValueError(f'its metadata has no "classifier", but {found}')
+  try:
+    info = json.loads(metadata['classifier'])
+  except (ValueError, RecursionError) as error:
+    raise ValueError('its metadata is not JSON') from error
+  if not isinstance(info, dict):
+    raise ValueError('its metadata is not a JSON object')
+  if missing := {'name', 'fields', 'image_shape', 'sigma_min', 'sigma_max'} - info.keys():
+    raise ValueError(f'its metadata lacks {weights.enumerate_names(missing)}')
+  registered = info['name'] in _CLASSIFIERS.names()
+  fields = classifier_fields(info['name']) if registered else info['fields']
+  fits = {
+    'name': registered,
+    'fields': isinstance(info['fields'], dict) and info['fields'].keys() <= {*fields},
+    'image_shape': _is_image_shape(info['image_shape']),
+    'sigma_min': _is_number(info['sigma_min']) and info['sigma_min'] > 0,
+    'sigma_max': _is_number(info['sigma_max']) and info['sigma_max'] > 0,
+  }
+  if wrong := [f'{name}={ascii(info[name])[:50]}' for name, fit in fits.items() if not fit]:
+    raise ValueError(f'its metadata says {", ".join(wrong)}, which cannot be')
+  if info['sigma_min'] >= info['sigma_max']:
+    raise ValueError(f'its sigma_min is {info["sigma_min"]}, its sigma_max {info["sigma_max"]}')
+  return info
+
+
+def _is_number(x: Any) -> bool:
+  return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _is_image_shape(x: Any) -> bool:
+  return (
+    isinstance(x, list) and len(x) == 3 and all(isinstance(n, int) and 0 < n < 2**16 for n in x)
+  )
+
+
+def _read_flax_file(path: str | pathlib.Path) -> PyTree:
+  """The parameters in a file of `flax.serialization.to_bytes`."""
+  try:
+    return weights.restore_flax(pathlib.Path(path).read_bytes())
+  except Exception as error:  # as above
+    raise UserError(
+      f'{path} is not a file of parameters ({_reason(error)}): give the classifier.safetensors of '
+      f'a run of --mode=train_classifier, or the flax.serialization.to_bytes of the parameters.'
+    ) from error
+
+
+def _reason(error: Exception) -> str:
+  return ' '.join(str(error).split())[:200].rstrip('.') or type(error).__name__
 
 
 def write_classifier_file(params: PyTree, info: dict[str, Any]) -> bytes:
