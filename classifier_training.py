@@ -22,7 +22,7 @@ import run_lib
 from errors import UserError
 from losses import State
 from models import utils as mutils
-from runtime.workdir import FREE, at_work, check_run, log_start, record, record_data
+from runtime.workdir import FREE, at_work, check_run, log_start, record
 from sde_lib import batch_mul
 
 PyTree = Any
@@ -69,8 +69,8 @@ def train_classifier(config: ml_collections.ConfigDict, workdir: str) -> None:
   _check_labels(train_ds.batch(0)['label'], config)
 
   with at_work(workdir, '--workdir'), run_lib.open_run(workdir) as run:
-    record(_recorded(config), workdir, guarded)
-    record_data(workdir, train=train_ds.source, test=eval_ds.source)
+    splits = {'train': train_ds.source, 'test': eval_ds.source}
+    record(_recorded(config), workdir, guarded, **splits)
     log_start(config)
     module = mutils.get_classifier(config.classifier.name)(**_fields(config))
     state = run_lib.restore_or_init(run.directories, like, init)

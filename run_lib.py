@@ -28,7 +28,7 @@ import sampling_run
 import sde_lib
 from checkpoints import CheckpointDirectory
 from losses import State
-from runtime.workdir import at_work, check_run, log_start, record, record_data
+from runtime.workdir import at_work, check_run, log_start, record
 from sde_lib import SDE
 
 
@@ -59,8 +59,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
   sde = sde_lib.get_sde(config)
 
   with at_work(workdir, '--workdir'):
-    record(config, workdir)
-    record_data(workdir, train=train_ds.source, test=eval_ds.source)
+    record(config, workdir, train=train_ds.source, test=eval_ds.source)
     log_start(config)
     with open_run(workdir) as run:
       model, state = _initial_state(config, run.directories)

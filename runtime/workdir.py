@@ -168,36 +168,44 @@ def check_run(
 
 
 def record(
-  config: Any, workdir: pathlib.Path, guarded: Callable[[str], bool] = of_training
+  config: Any,
+  workdir: pathlib.Path,
+  guarded: Callable[[str], bool] = of_training,
+  **sources: Any,
 ) -> None:
-  """Writes `config.json` and `versions.json` to the directory of a run.
+  """Writes `config.json`, `versions.json` and `data.json` to the directory of a run.
+
+  Args:
+    config: of this run.
+    workdir: its directory.
+    guarded: as in `check_run`.
+    **sources: the data by the names of their splits; none if the run has not seen them.
 
   Raises:
-    UserError: as `check_run`.
+    UserError: as `check_run`, or if the run was trained on other data. Nothing is written then.
   """
   check_run(config, workdir, guarded)
+  fingerprints = _check_data(workdir, sources)
   _write_json(workdir / 'config.json', configuration.plain(config))
   _write_json(workdir / 'versions.json', versions())
+  if sources:
+    _write_json(workdir / 'data.json', fingerprints)
 
 
-def record_data(workdir: pathlib.Path, **sources: Any) -> None:
-  """Writes `data.json`: the fingerprints of those sources that have one, by the given names.
-
-  Raises:
-    UserError: if the run was trained on others.
-  """
+def _check_data(workdir: pathlib.Path, sources: Mapping[str, Any]) -> dict[str, str | None]:
+  """The fingerprints of the sources, which have to be those of the run where both are known."""
   path = workdir / 'data.json'
   new = {name: getattr(source, 'fingerprint', None) for name, source in sources.items()}
-  if path.exists():
-    old = read_json(path, 'restore it from a copy, or remove it if the data are the same')
-    known = {name: value for name, value in old.items() if value and new.get(name)}
-    if changed := [name for name, value in known.items() if value != new[name]]:
-      raise UserError(
-        f'The images of the split {" and ".join(changed)} are not those that {workdir} was trained '
-        f'on: restore them, use another --workdir, or remove {path} to resume on what is there now.'
-      )
-    new = {name: value or old.get(name) for name, value in new.items()}
-  _write_json(path, new)
+  if not path.exists():
+    return new
+  old = read_json(path, 'restore it from a copy, or remove it if the data are the same')
+  known = {name: value for name, value in old.items() if value and new.get(name)}
+  if changed := [name for name, value in known.items() if value != new[name]]:
+    raise UserError(
+      f'The images of the split {" and ".join(changed)} are not those that {workdir} was trained '
+      f'on: restore them, use another --workdir, or remove {path} to resume on what is there now.'
+    )
+  return {name: value or old.get(name) for name, value in new.items()}
 
 
 def _write_json(path: pathlib.Path, content: Any) -> None:

@@ -432,7 +432,7 @@ def test_import_evaluates_export_and_import_again(flax_file, tmp_path):
     conversion.import_checkpoint(config, str(tmp_path / 'a'), flax_file)
   with pytest.raises(UserError, match='exists'):
     conversion.export_checkpoint(config, str(tmp_path / 'a'))
-  with pytest.raises(UserError, match='checkpoint_number=3 is not in .* choose one of .1001'):
+  with pytest.raises(UserError, match='checkpoint_number=3 is not in .* it has .1001'):
     conversion.export_checkpoint(config, str(tmp_path / 'a'), str(tmp_path / 'x'), 3)
   with pytest.raises(UserError, match='has no checkpoints'):
     conversion.export_checkpoint(config, str(tmp_path / 'nothing'))
