@@ -9,12 +9,12 @@ import pytest
 
 import controllable_generation as control
 import datasets
-import fast_sampling
 import run_lib
 import sampling
 import sde_lib
 from classifier import classifier_score
 from errors import UserError
+from samplers import few_step
 from tests import golden_values as golden
 from tests import tiny_config
 
@@ -123,7 +123,7 @@ def pc(sde):
 
 
 def flow(sde):
-  return fast_sampling.FlowMethod(sde, fast_sampling.DPMSolverPP(eta=1.0), 100, 'logsnr', eps=1e-3)
+  return few_step.FlowMethod(sde, few_step.DPMSolverPP(eta=1.0), 100, 'logsnr', eps=1e-3)
 
 
 METHODS = {'pc': pc, 'dpm_solver++': flow}
@@ -243,11 +243,11 @@ def small_methods(sde):
     'pc': sampling.PredictorCorrector(sde, predictor, corrector, eps=sde.sampling_eps),
     'ode': sampling.ProbabilityFlow(sde, rtol=1e-3, atol=1e-3),
     **{
-      name: fast_sampling.FlowMethod(sde, solver, 8)
+      name: few_step.FlowMethod(sde, solver, 8)
       for name, solver in (
-        ('ddim', fast_sampling.DDIM()),
-        ('heun', fast_sampling.Heun(churn=2.0)),
-        ('dpm_solver++', fast_sampling.DPMSolverPP()),
+        ('ddim', few_step.DDIM()),
+        ('heun', few_step.Heun(churn=2.0)),
+        ('dpm_solver++', few_step.DPMSolverPP()),
       )
     },
   }

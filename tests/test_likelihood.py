@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 
 import datasets
-import latents
 import likelihood
-import ode
 import sampling
 import sde_lib
 from errors import UserError
 from losses import State
+from samplers import latents, ode_solver
 from sde_lib import batch_mul
 from tests import golden_values as golden
 from tests.test_extension import ConstantBetaSDE
@@ -201,7 +200,7 @@ def test_ode_calls_are_counted(method):
     jax.debug.callback(lambda: calls.append(1))
     return -y
 
-  y, nfe = jax.jit(lambda y: ode.solve(drift, y, 0.0, 1.0, method=method))(jnp.ones((2, 3)))
+  y, nfe = jax.jit(lambda y: ode_solver.solve(drift, y, 0.0, 1.0, method=method))(jnp.ones((2, 3)))
   jax.effects_barrier()
   np.testing.assert_allclose(y, np.exp(-1), rtol=1e-4)
   assert nfe == len(calls)

@@ -21,7 +21,7 @@ import numpy as np
 import parallelism
 from errors import UserError
 from registry import Registry
-from sampling import Condition, Method, register_method
+from samplers.base import Condition, Method, register_method
 from sde_lib import SDE, ScoreFn, batch_mul
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
