@@ -156,7 +156,7 @@ def get_likelihood_fn(
   Raises:
     UserError: for an unknown probe or solver, or an exact divergence in too many dimensions.
   """
-  exact = hutchinson_type == 'exact'
+  exact = hutchinson_type.lower() == 'exact'
   probe = None if exact else _PROBES.get(hutchinson_type)
   likelihood = Likelihood(sde, rtol, atol, ode_solver.check_method(method), eps)
   offset, scale = (float(inverse_scaler(v)) for v in (0.0, 1.0))

@@ -116,7 +116,7 @@ __all__ = [
 
 def get_method(config: Any, sde: SDE, eps: float | None = None) -> Method:
   """The way of sampling that `config.sampling` describes; `eps` is as in `get_sampling_fn`."""
-  make = _METHODS.get(config.sampling.method.lower())
+  make = _METHODS.get(config.sampling.method)
   return make(config, sde, sde.sampling_eps if eps is None else eps)
 
 

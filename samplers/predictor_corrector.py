@@ -238,8 +238,8 @@ def _pc_method(config: Any, sde: SDE, eps: float) -> Method:
   settings = config.sampling
   return PredictorCorrector(
     _with_steps(config, sde),
-    get_predictor(settings.predictor.lower()),
-    get_corrector(settings.corrector.lower()),
+    get_predictor(settings.predictor),
+    get_corrector(settings.corrector),
     settings.snr,
     settings.n_steps_each,
     settings.probability_flow,

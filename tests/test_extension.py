@@ -157,3 +157,27 @@ def test_a_taken_name_is_refused():
   registry.register(int, name='a')
   with pytest.raises(ValueError, match="thing named 'a' is already registered"):
     registry.register(float, name='a')
+
+
+def test_names_are_found_in_any_case_and_shown_as_they_were_registered():
+  registry = Registry('thing')
+
+  @registry.register
+  class MyThing:
+    pass
+
+  assert registry.get('mything') is registry.get('MyThing') is MyThing
+  assert registry.names() == ['MyThing']
+  with pytest.raises(ValueError, match="thing named 'MyThing' is already registered"):
+    registry.register(float, name='mything')
+
+
+def test_a_predictor_registered_without_a_name_is_found(config):
+  @sampling.register_predictor
+  class Unnamed(sampling.Predictor):
+    def update_fn(self, rng, x, t):
+      return x, x
+
+  for name in ('Unnamed', 'unnamed'):
+    config.sampling.predictor = name
+    assert sampling.get_method(config, sde_lib.get_sde(config)).predictor is Unnamed

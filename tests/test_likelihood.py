@@ -218,6 +218,18 @@ def test_bad_settings_are_refused(arguments, message):
     likelihood.get_likelihood_fn(sde_lib.VPSDE(), None, lambda x: x, **arguments)
 
 
+@pytest.mark.parametrize('name', ['exact', 'Rademacher'])
+def test_the_case_of_the_divergence_does_not_matter(name):
+  sde, model, state = tiny_gaussian()
+  x = 0.3 * jax.random.normal(jax.random.PRNGKey(0), (2, 2, 2, 1))
+
+  def bpd(name):
+    likelihood_fn = likelihood.get_likelihood_fn(sde, model, lambda x: x, name, eps=0.1)
+    return likelihood_fn(jax.random.PRNGKey(1), state, x)[0]
+
+  np.testing.assert_array_equal(bpd(name.upper()), bpd(name))
+
+
 def test_exact_divergence_of_large_images_is_refused():
   sde, model, state = tiny_gaussian()
   likelihood_fn = likelihood.get_likelihood_fn(sde, model, lambda x: x, 'exact')
