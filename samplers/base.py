@@ -15,9 +15,11 @@ import flax.struct
 import jax
 
 import parallelism
+from errors import UserError
 from losses import State
 from models import utils as mutils
 from registry import Registry
+from runtime.rng import key_shape
 from sde_lib import SDE, ScoreFn
 
 _PREDICTORS = Registry('predictor')
@@ -182,9 +184,10 @@ class Sampler(Protocol):
     """Draws a batch with the EMA parameters.
 
     Args:
-      rng: one key, (2,), from which the whole batch is drawn; or a key per image, (B, 2), for
-        images that do not depend on the batch that they are drawn in (Langevin norms and step
-        sizes of an ODE solver are then those of the single image).
+      rng: one key from which the whole batch is drawn; or an array of B keys, one for each image,
+        for images that do not depend on the batch that they are drawn in (Langevin norms and step
+        sizes of an ODE solver are then those of the single image). `jax.random.key` and
+        `jax.random.PRNGKey` give the same images.
       state: of training.
       z: x_T, (B, H, W, C); drawn from the prior by default.
       condition: what the samples shall fulfil.
@@ -192,6 +195,9 @@ class Sampler(Protocol):
 
     Returns:
       Images (B, H, W, C) behind the inverse scaler, and the number of network calls.
+
+    Raises:
+      UserError: if `rng` holds no keys.
     """
 
 
@@ -225,10 +231,10 @@ def get_sampler(
   def score_fn_of(params, model_state):
     return mutils.get_score_fn(sde, model, params, model_state, False, continuous)
 
-  @functools.partial(jax.jit, static_argnums=(0,))
-  def init(shape, network, condition, rng, z):
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def init(per_image, shape, network, condition, rng, z):
     score_fn = score_fn_of(*network)
-    if rng.ndim == 1:
+    if not per_image:
       return method.init(score_fn, condition, rng, shape, z)
     one = functools.partial(method.init, score_fn)
     start = lambda condition, rng, z: one(condition, rng, (1, *shape[1:]), z)
@@ -254,9 +260,11 @@ def get_sampler(
 
   def sampler(rng, state, z=None, condition=None, watch=None):
     condition = condition or Condition()
-    network, per_image = (state.params_ema, state.model_state), rng.ndim == 2
-    size = (rng.shape[0],) if per_image else shape[:1]
-    carry = init((*size, *shape[1:]), network, condition, rng, z)
+    keys = key_shape(rng)
+    if len(keys) > 1:
+      raise UserError(f'rng holds keys of shape {keys}: pass one key, or one for each image, (B,).')
+    network, per_image = (state.params_ema, state.model_state), bool(keys)
+    carry = init(per_image, (*(keys or shape[:1]), *shape[1:]), network, condition, rng, z)
     for begin in range(0, method.n_steps, steps_per_call):
       end = min(begin + steps_per_call, method.n_steps)
       carry = advance(per_image, network, condition, begin, end, carry)
