@@ -191,7 +191,8 @@ class Sampler(Protocol):
       state: of training.
       z: x_T, (B, H, W, C); drawn from the prior by default.
       condition: what the samples shall fulfil.
-      watch: called as `watch(steps done, all steps, function that returns x_t)` now and then.
+      watch: called as `watch(steps done, all steps, function that returns x_t)` now and then; the
+        function may be kept and called at any time.
 
     Returns:
       Images (B, H, W, C) behind the inverse scaler, and the number of network calls.
@@ -241,7 +242,8 @@ def get_sampler(
     carry = jax.vmap(start)(_single(condition), rng, _single(z))
     return jax.tree.map(parallelism.shard_batch, carry)
 
-  @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(5,))
+  # Without donation of the carry: `watch` may keep x_t.
+  @functools.partial(jax.jit, static_argnums=(0,))
   def advance(per_image, network, condition, begin, end, carry):
     step = functools.partial(method.step, score_fn_of(*network))
     if per_image:
