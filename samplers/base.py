@@ -92,6 +92,9 @@ class Condition(flax.struct.PyTreeNode):
   Its arrays have the batch as leading axis. A method uses `start`, `score` and `update` if it
   proceeds by updates as predictors and correctors are, and `flow_score` if it follows the
   probability flow.
+
+  Fields that are not arrays are compiled into the sampler, which is compiled anew when they differ:
+  give the same function for every batch, or an object that compares by value, not a new lambda.
   """
 
   def start(self, x: jax.Array) -> jax.Array:
@@ -111,7 +114,7 @@ class Condition(flax.struct.PyTreeNode):
     return self.score(score_fn)
 
   def finish(self, x: jax.Array) -> jax.Array:
-    """The denoised image with what is known of it exactly."""
+    """The sample with what is known of it exactly, whatever the method."""
     return x
 
 
@@ -147,7 +150,7 @@ class Method(abc.ABC):
 
   @abc.abstractmethod
   def result(self, score_fn: ScoreFn, condition: Condition, carry: tuple[Any, ...]) -> jax.Array:
-    """The sample, in the network's range."""
+    """The sample, in the network's range; `condition.finish` is applied to it afterwards."""
 
   def nfe(self, carry: tuple[Any, ...]) -> int:
     """Network calls of a whole run."""
@@ -167,7 +170,8 @@ def run(
   condition = condition or Condition()
   carry = method.init(score_fn, condition, rng, shape, z)
   step = functools.partial(method.step, score_fn, condition)
-  return method.result(score_fn, condition, jax.lax.fori_loop(0, method.n_steps, step, carry))
+  carry = jax.lax.fori_loop(0, method.n_steps, step, carry)
+  return condition.finish(method.result(score_fn, condition, carry))
 
 
 class Sampler(Protocol):
@@ -255,7 +259,9 @@ def get_sampler(
 
   @functools.partial(jax.jit, static_argnums=(0,))
   def finish(per_image, network, condition, carry):
-    result = functools.partial(method.result, score_fn_of(*network))
+    def result(condition, carry):
+      return condition.finish(method.result(score_fn_of(*network), condition, carry))
+
     if per_image:
       return inverse_scaler(jax.vmap(result)(_single(condition), carry)[:, 0])
     return inverse_scaler(result(condition, carry))

@@ -267,9 +267,7 @@ class FlowMethod(Method):
 
   def result(self, score_fn, condition, carry):
     x, y = carry[:2]
-    if not self.denoise:
-      return x
-    return condition.finish(self._flow(score_fn, condition).D(y, self.t[-1]))
+    return self._flow(score_fn, condition).D(y, self.t[-1]) if self.denoise else x
 
   def nfe(self, carry):
     return super().nfe(carry) + self.denoise

@@ -187,7 +187,7 @@ class PredictorCorrector(Method):
 
   def result(self, score_fn, condition, carry):
     x, x_mean, _ = carry
-    return condition.finish(x_mean) if self.denoise else x
+    return x_mean if self.denoise else x
 
 
 def get_pc_sampler(
