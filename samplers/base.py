@@ -8,7 +8,7 @@ that runs it with any condition.
 import abc
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import flax.linen as nn
 import flax.struct
@@ -39,11 +39,17 @@ Watch = Callable[[int, int, Callable[[], jax.Array]], None]
 class Predictor(abc.ABC):
   """One step of a numerical solver of the reverse SDE.
 
+  Attributes:
+    network_calls: how often `update_fn` calls `score_fn`; a subclass that does so more or less
+      often than once says so.
+
   Args:
     sde: the forward SDE.
     score_fn: (x, t) -> score.
     probability_flow: solve the probability flow ODE (Eq. 13) instead.
   """
+
+  network_calls: ClassVar[int] = 1
 
   def __init__(self, sde: SDE, score_fn: ScoreFn, probability_flow: bool = False):
     self.sde = sde
@@ -68,12 +74,17 @@ class Predictor(abc.ABC):
 class Corrector(abc.ABC):
   """Steps of a Markov chain that leaves p_t invariant.
 
+  Attributes:
+    network_calls: how often each of the steps calls `score_fn`.
+
   Args:
     sde: the forward SDE.
     score_fn: (x, t) -> score.
     snr: signal-to-noise ratio that sets the step size.
     n_steps: number of steps.
   """
+
+  network_calls: ClassVar[int] = 1
 
   def __init__(self, sde: SDE, score_fn: ScoreFn, snr: float, n_steps: int):
     self.sde = sde
@@ -124,7 +135,7 @@ class Method(abc.ABC):
   What it carries from step to step is a tuple whose first element is x_t.
 
   Attributes:
-    n_steps: number of steps.
+    n_steps: number of calls of `step`.
     calls_per_step: network calls in each.
   """
 

@@ -71,6 +71,8 @@ class AncestralSamplingPredictor(Predictor):
 class NonePredictor(Predictor):
   """Leaves x as it is, for sampling with a corrector alone."""
 
+  network_calls = 0
+
   def update_fn(self, rng, x, t):
     return x, x
 
@@ -122,6 +124,8 @@ class AnnealedLangevinDynamics(_LangevinSteps):
 class NoneCorrector(Corrector):
   """Leaves x as it is, for sampling with a predictor alone."""
 
+  network_calls = 0
+
   def update_fn(self, rng, x, t):
     return x, x
 
@@ -136,17 +140,17 @@ class PredictorCorrector(Method):
 
   Each step corrects at its time and then predicts the next: the order of the reference
   implementation, whose outputs these are. Algorithm 1 as printed has the two the other way about.
-  A step counts n_corrector_steps + 1 network calls, as the reference does, also where the predictor
-  or the corrector is 'none'.
+  Network calls are those that are made: where the reference counts N (n_corrector_steps + 1) in any
+  case, a predictor or corrector that is 'none' counts nothing here.
 
   Attributes:
-    sde: the forward SDE.
+    sde: the forward SDE; `sde.N` is the number of updates, of which the last is the denoising.
     predictor: a `Predictor` class.
     corrector: a `Corrector` class.
     snr: signal-to-noise ratio of the corrector.
     n_corrector_steps: corrector steps before each predictor step.
     probability_flow: solve the probability flow ODE with the predictor.
-    denoise: return the last step without its noise.
+    denoise: return the last update without its noise.
     eps: the last time.
   """
 
@@ -165,7 +169,8 @@ class PredictorCorrector(Method):
 
   @property
   def calls_per_step(self) -> int:
-    return self.n_corrector_steps + 1
+    corrections = self.n_corrector_steps * self.corrector.network_calls
+    return corrections + self.predictor.network_calls
 
   def init(self, score_fn, condition, rng, shape, z):
     rng, prior_rng = jax.random.split(rng)
@@ -236,6 +241,8 @@ def get_pc_sampler(
 @register_method(name='pc')
 def _pc_method(config: Any, sde: SDE, eps: float) -> Method:
   settings = config.sampling
+  if settings.n_steps_each < 0:
+    raise UserError(f'sampling.n_steps_each={settings.n_steps_each} must not be negative.')
   return PredictorCorrector(
     _with_steps(config, sde),
     get_predictor(settings.predictor),
@@ -251,6 +258,8 @@ def _pc_method(config: Any, sde: SDE, eps: float) -> Method:
 def _with_steps(config: Any, sde: SDE) -> SDE:
   """The SDE in `sampling.n_steps` steps, where that is set."""
   n_steps = config.sampling.n_steps
+  if n_steps < 0:
+    raise UserError(f'sampling.n_steps={n_steps} must be at least 1, or 0 for model.num_scales.')
   if n_steps and not config.training.continuous:
     raise UserError(
       f'sampling.n_steps={n_steps} needs a network that was trained on continuous time: this one '
