@@ -120,6 +120,14 @@ def loss(continuous):
   return value
 
 
+def loss_with_dropout(rng):
+  config = tiny_config.get_config()
+  model, _, shapes = utils.abstract_model(config)
+  params = jax.tree.map(lambda x: jnp.full(x.shape, 0.1), shapes)
+  loss_fn = losses.get_sde_loss_fn(COARSE, model, train=True)
+  return loss_fn(rng, params, {}, {'image': jnp.ones((2, 28, 28, 1))})[0]
+
+
 def bits(images):
   bits_of = likelihood.get_likelihood_fn(COARSE, Exact(), identity, eps=0.3, rtol=1e-2, atol=1e-2)
   return lambda rng: bits_of(rng, STATE, images)
@@ -142,6 +150,7 @@ TAKE_A_KEY = {
   'dequantize': lambda rng: likelihood.dequantize(rng, jnp.ones(SHAPE)),
   'continuous loss': loss(continuous=True),
   'discrete loss': loss(continuous=False),
+  'loss with dropout': loss_with_dropout,
   'init_model': lambda rng: utils.init_model(rng, tiny_config.get_config())[2],
   'init_state': lambda rng: losses.init_state(rng, tiny_config.get_config())[1].params,
   'create_classifier': lambda rng: utils.create_classifier(rng, 1, name='three_classes')[1],
@@ -159,6 +168,7 @@ ALIKE = (  # those that run the code of another one
   'get_pc_colorizer',
   'get_pc_conditional_sampler',
   'continuous loss',
+  'loss with dropout',
   'init_model',
 )
 
