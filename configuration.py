@@ -10,7 +10,6 @@ import ml_collections
 
 import controllable_generation
 import datasets
-import fast_sampling  # noqa: F401  (registers its sampling methods)
 import losses
 import sampling
 import sde_lib

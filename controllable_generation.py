@@ -11,6 +11,7 @@ works with each method:
 """
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +51,7 @@ class Measurement(Condition):
   coordinates are drawn anew from p(x_t | x_0). Methods that follow the flow get for these
   coordinates the score of p(x_t | x_0), which leads them to where they are known to end. Both are
   approximations: the other coordinates see the known ones at the noise of time t, not as they are.
+  At the end every method puts the known coordinates back as they are.
 
   Attributes:
     sde: the forward SDE; its marginals must be linear in x_0.
@@ -57,6 +59,8 @@ class Measurement(Condition):
     mask: nonzero where a coordinate is known; shaped as `known`.
     transform: from images (B, H, W, C) to coordinates, linear and orthonormal.
     inverse: back.
+    exact: put the known coordinates back at the end. Without it they keep the noise that the
+      sampler's last update leaves, as in the reference without denoising.
   """
 
   sde: SDE = flax.struct.field(pytree_node=False)
@@ -64,6 +68,7 @@ class Measurement(Condition):
   mask: jax.Array
   transform: Transform = flax.struct.field(pytree_node=False, default=_identity)
   inverse: Transform = flax.struct.field(pytree_node=False, default=_identity)
+  exact: bool = flax.struct.field(pytree_node=False, default=True)
 
   def _fill(self, x: jax.Array, coordinates: jax.Array) -> jax.Array:
     """`x` with these coordinates where they are known."""
@@ -94,7 +99,7 @@ class Measurement(Condition):
     return conditional_score
 
   def finish(self, x):
-    return self._fill(x, self.known)
+    return self._fill(x, self.known) if self.exact else x
 
 
 def inpainting(sde: SDE, images: jax.Array, mask: jax.Array) -> Measurement:
@@ -113,11 +118,46 @@ def constant_first_basis(size: int) -> np.ndarray:
   return scipy.fft.dct(np.eye(size), axis=0, norm='ortho').astype(np.float32)
 
 
-def _matrix_transforms(matrix: np.ndarray) -> tuple[Transform, Transform]:
-  """Products of the last axis with an orthonormal matrix and with its inverse."""
-  forward = lambda x: jnp.einsum('...c,kc->...k', x, matrix, precision='highest')
-  inverse = lambda u: jnp.einsum('...k,kc->...c', u, matrix, precision='highest')
-  return forward, inverse
+def _to_basis(x: jax.Array) -> jax.Array:
+  """The last axis in the constant-first basis: its first entry is the mean times sqrt(size)."""
+  basis = constant_first_basis(x.shape[-1])
+  return jnp.einsum('...c,kc->...k', x, basis, precision='highest')
+
+
+def _from_basis(u: jax.Array) -> jax.Array:
+  basis = constant_first_basis(u.shape[-1])
+  return jnp.einsum('...k,kc->...c', u, basis, precision='highest')
+
+
+@dataclasses.dataclass(frozen=True)
+class ToBlocks:
+  """Images (B, H, W, C) to the basis of each block, (B, H / factor, W / factor, C, factor^2).
+
+  Attributes:
+    factor: side of a block.
+  """
+
+  factor: int
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    _, height, width, channels = x.shape
+    side = self.factor
+    x = x.reshape(-1, height // side, side, width // side, side, channels)
+    blocks = x.transpose(0, 1, 3, 5, 2, 4)
+    return _to_basis(blocks.reshape(*blocks.shape[:4], side**2))
+
+
+@dataclasses.dataclass(frozen=True)
+class FromBlocks:
+  """The inverse of `ToBlocks`."""
+
+  factor: int
+
+  def __call__(self, u: jax.Array) -> jax.Array:
+    _, rows, columns, channels, _ = u.shape
+    side = self.factor
+    blocks = _from_basis(u).reshape(-1, rows, columns, channels, side, side)
+    return blocks.transpose(0, 1, 4, 2, 5, 3).reshape(-1, rows * side, columns * side, channels)
 
 
 def _first_known(coordinates: jax.Array) -> jax.Array:
@@ -132,9 +172,8 @@ def colorization(sde: SDE, gray: jax.Array) -> Measurement:
     sde: the forward SDE.
     gray: (B, H, W, C), in the network's range; only the mean of the channels is used.
   """
-  transform, inverse = _matrix_transforms(constant_first_basis(gray.shape[-1]))
-  known = transform(gray)
-  return Measurement(sde, known, _first_known(known), transform, inverse)
+  known = _to_basis(gray)
+  return Measurement(sde, known, _first_known(known), _to_basis, _from_basis)
 
 
 def super_resolution(sde: SDE, images: jax.Array, factor: int) -> Measurement:
@@ -148,25 +187,14 @@ def super_resolution(sde: SDE, images: jax.Array, factor: int) -> Measurement:
   Raises:
     UserError: if blocks do not fit.
   """
-  _, height, width, channels = images.shape
+  _, height, width, _ = images.shape
   if factor < 2 or height % factor or width % factor:
     raise UserError(
       f'sampling.superres_factor={factor} must be at least 2 and divide the image, '
       f'{height}x{width}.'
     )
-  forward, backward = _matrix_transforms(constant_first_basis(factor**2))
-
-  def transform(x):
-    x = x.reshape(-1, height // factor, factor, width // factor, factor, channels)
-    blocks = x.transpose(0, 1, 3, 5, 2, 4)
-    return forward(blocks.reshape(*blocks.shape[:4], factor**2))
-
-  def inverse(u):
-    blocks = backward(u).reshape(*u.shape[:4], factor, factor)
-    return blocks.transpose(0, 1, 4, 2, 5, 3).reshape(-1, height, width, channels)
-
-  known = transform(images)
-  return Measurement(sde, known, _first_known(known), transform, inverse)
+  known = ToBlocks(factor)(images)
+  return Measurement(sde, known, _first_known(known), ToBlocks(factor), FromBlocks(factor))
 
 
 class ClassGuidance(Condition):
@@ -419,11 +447,17 @@ def get_pc_inpainter(
   """The function `(rng, state, data, mask) -> images` that fills in where `mask` is zero.
 
   `data` (B, H, W, C) are in the network's range; `mask` broadcasts to them. With `denoise`, known
-  pixels come back exactly. The other arguments are those of `sampling.get_pc_sampler`.
+  pixels come back exactly; without it, with the noise of the last update, as the reference has it.
+  The other arguments are those of `sampling.get_pc_sampler`.
   """
   settings = snr, n_steps, probability_flow, continuous, denoise, eps
   sampler = _pc_sampler_of_any_batch(sde, model, predictor, corrector, inverse_scaler, *settings)
-  return lambda rng, state, data, mask: sampler(rng, state, data.shape, inpainting(sde, data, mask))
+
+  def inpainter(rng, state, data, mask):
+    condition = inpainting(sde, data, mask).replace(exact=denoise)
+    return sampler(rng, state, data.shape, condition)
+
+  return inpainter
 
 
 def get_pc_colorizer(
@@ -441,12 +475,18 @@ def get_pc_colorizer(
 ) -> Callable[[jax.Array, State, jax.Array], jax.Array]:
   """The function `(rng, state, gray) -> images` that gives colours to gray-scale images.
 
-  `gray` (B, H, W, C) are in the network's range, with equal channels. The other arguments are those
-  of `sampling.get_pc_sampler`.
+  `gray` (B, H, W, C) are in the network's range, with equal channels. With `denoise`, their mean
+  over the channels comes back exactly; without it, with the noise of the last update, as the
+  reference has it. The other arguments are those of `sampling.get_pc_sampler`.
   """
   settings = snr, n_steps, probability_flow, continuous, denoise, eps
   sampler = _pc_sampler_of_any_batch(sde, model, predictor, corrector, inverse_scaler, *settings)
-  return lambda rng, state, gray: sampler(rng, state, gray.shape, colorization(sde, gray))
+
+  def colorizer(rng, state, gray):
+    condition = colorization(sde, gray).replace(exact=denoise)
+    return sampler(rng, state, gray.shape, condition)
+
+  return colorizer
 
 
 def get_pc_conditional_sampler(

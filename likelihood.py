@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import ode
 import parallelism
 from errors import UserError
 from losses import State
 from models import utils as mutils
 from registry import Registry
+from samplers import ode_solver
 from sde_lib import SDE
 
 Drift = Callable[[jax.Array], jax.Array]
@@ -87,7 +87,7 @@ class Likelihood:
     sde: the forward SDE.
     rtol: relative tolerance of the ODE solver.
     atol: absolute tolerance.
-    method: a solver, see `ode.solve`.
+    method: a solver, see `ode_solver.solve`.
     eps: the time at which the data are taken to be.
   """
 
@@ -108,7 +108,7 @@ class Likelihood:
       return divergence(lambda x: flow.sde(x, t)[0], y[0])
 
     start = (x, jnp.zeros(x.shape[0]))
-    (z, change), nfe = ode.solve(
+    (z, change), nfe = ode_solver.solve(
       augmented, start, self.eps, self.sde.T, self.rtol, self.atol, self.method
     )
     return self.sde.prior_logp(z) + change, z, nfe
@@ -147,7 +147,7 @@ def get_likelihood_fn(
     hutchinson_type: 'Rademacher', 'Gaussian', or 'exact' for the divergence without estimation.
     rtol: relative tolerance of the ODE solver.
     atol: absolute tolerance.
-    method: a solver, see `ode.solve`.
+    method: a solver, see `ode_solver.solve`.
     eps: the time at which the data are taken to be.
     continuous: whether the network was trained on continuous time.
     num_probes: probes of the divergence that are averaged; each costs a pass of the network.
@@ -156,9 +156,9 @@ def get_likelihood_fn(
   Raises:
     UserError: for an unknown probe or solver, or an exact divergence in too many dimensions.
   """
-  exact = hutchinson_type == 'exact'
+  exact = hutchinson_type.lower() == 'exact'
   probe = None if exact else _PROBES.get(hutchinson_type)
-  likelihood = Likelihood(sde, rtol, atol, ode.check_method(method), eps)
+  likelihood = Likelihood(sde, rtol, atol, ode_solver.check_method(method), eps)
   offset, scale = (float(inverse_scaler(v)) for v in (0.0, 1.0))
   scale -= offset
 

@@ -8,13 +8,15 @@ from errors import UserError
 class Registry:
   """A table of named objects that users extend with a decorator.
 
+  The case of a name does not matter, whether it is registered or looked up.
+
   Args:
     kind: what the table holds, as it should read in an error ("predictor").
   """
 
   def __init__(self, kind: str):
     self.kind = kind
-    self._entries: dict[str, Any] = {}
+    self._entries: dict[str, tuple[str, Any]] = {}  # name as registered, and object
 
   def register(self, cls: Any = None, *, name: str | None = None) -> Any:
     """Decorator, `@register` or `@register(name='...')`; the default name is the object's own.
@@ -27,11 +29,11 @@ class Registry:
     """
     if cls is None:
       return lambda cls: self.register(cls, name=name)
-    key = cls.__name__ if name is None else name
-    taken = self._entries.get(key)
-    if taken is not None and taken.__qualname__ != cls.__qualname__:
-      raise ValueError(f'A {self.kind} named {key!r} is already registered; choose another name.')
-    self._entries[key] = cls
+    name = cls.__name__ if name is None else name
+    taken, other = self._entries.get(name.lower(), (name, cls))
+    if other is not cls and other.__qualname__ != cls.__qualname__:
+      raise ValueError(f'A {self.kind} named {taken!r} is already registered; choose another name.')
+    self._entries[name.lower()] = name, cls
     return cls
 
   def get(self, name: str) -> Any:
@@ -40,9 +42,10 @@ class Registry:
     Raises:
       UserError: if nothing is; the message lists the names there are.
     """
-    if name not in self._entries:
+    if not isinstance(name, str) or name.lower() not in self._entries:
       raise UserError(f'Unknown {self.kind} {name!r}: choose one of {", ".join(self.names())}.')
-    return self._entries[name]
+    return self._entries[name.lower()][1]
 
   def names(self) -> list[str]:
-    return sorted(self._entries)
+    """All names as they were registered, sorted."""
+    return sorted(name for name, _ in self._entries.values())

@@ -414,7 +414,7 @@ def _check_steps(sde: SDE) -> None:
 
 def sde_fields(name: str) -> dict[str, Any]:
   """The keys of `config.model` that the SDE registered as `name` reads, with their defaults."""
-  fields = dataclasses.fields(_SDES.get(name.lower()))
+  fields = dataclasses.fields(_SDES.get(name))
   return {'num_scales' if f.name == 'N' else f.name: default_of(f) for f in fields}
 
 
@@ -437,6 +437,6 @@ def get_sde(config: Any) -> SDE:
   Raises:
     UserError: for an unknown name or values that the SDE refuses.
   """
-  cls = _SDES.get(config.training.sde.lower())
+  cls = _SDES.get(config.training.sde)
   keys = [key for key in sde_fields(config.training.sde) if key in config.model]
   return cls(**{'N' if key == 'num_scales' else key: config.model[key] for key in keys})

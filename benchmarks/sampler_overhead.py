@@ -33,7 +33,8 @@ def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
   config = configuration.prepare(_CONFIG.value)
-  config.sampling.update({'method': 'pc', 'corrector': 'none', 'n_steps': _CALLS.value})
+  euler = {'method': 'pc', 'predictor': 'euler_maruyama', 'corrector': 'none'}
+  config.sampling.update({**euler, 'n_steps': _CALLS.value})
   sde = sde_lib.get_sde(config)
   data = config.data
   shape = (config.training.batch_size, data.image_size, data.image_size, data.num_channels)

@@ -36,13 +36,13 @@ _PLOT = flags.DEFINE_string('plot', None, 'File for a plot of the table.')
 _OUT = flags.DEFINE_string('out', None, 'JSON lines are added here, and read for the plot.')
 
 PC = {'method': 'pc', 'predictor': 'reverse_diffusion', 'corrector': 'langevin'}
-EULER = {'method': 'pc', 'corrector': 'none', 'n_steps_each': 0}
+EULER = {'method': 'pc', 'predictor': 'euler_maruyama', 'corrector': 'none'}
 ROWS = {
   'PC': [PC | {'n_steps': n} for n in (25, 100, 1000)],
   'Euler-Maruyama': [EULER | {'n_steps': n} for n in (50, 250)],
   'ODE (RK45)': [{'method': 'ode', 'rtol': tol, 'atol': tol} for tol in (1e-3, 1e-5)],
 }
-for name, method, options, times in (
+for name, method, options, steps in (
   ('DDIM', 'ddim', {}, (10, 20, 50)),
   ('DDIM eta=1', 'ddim', {'eta': 1.0}, (10, 20, 50)),
   ('Heun', 'heun', {}, (6, 11, 25)),
@@ -50,7 +50,7 @@ for name, method, options, times in (
   ('DPM-Solver++(2M)', 'dpm_solver++', {}, (10, 20, 50)),
   ('DPM-Solver++(2M) eta=1', 'dpm_solver++', {'eta': 1.0}, (10, 20, 50)),
 ):
-  ROWS[name] = [{'method': method, 'n_steps': n, **options} for n in times]
+  ROWS[name] = [{'method': method, 'n_steps': n, **options} for n in steps]
 
 
 def images_of(config, split: str) -> np.ndarray:

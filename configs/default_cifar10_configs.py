@@ -25,8 +25,9 @@ def get_default_configs() -> ml_collections.ConfigDict:
   sampling.method = 'pc'  # or 'ode', 'heun', 'ddim', 'dpm_solver++'
   sampling.predictor = 'euler_maruyama'
   sampling.corrector = 'none'
-  sampling.n_steps = 0  # steps from T to eps; 0 takes model.num_scales
-  sampling.time_grid = 'edm'  # of the fast methods: 'edm', 'logsnr' or 'uniform'
+  # Updates, whatever the method ('ode' chooses its own); with noise_removal the last is denoising.
+  sampling.n_steps = 0  # 0 takes model.num_scales
+  sampling.time_grid = 'edm'  # of the few-step methods: 'edm', 'logsnr' or 'uniform'
   sampling.rho = 7.0  # exponent of the grid 'edm'
   sampling.eta = 0.0  # new noise in ddim and dpm_solver++, from 0 (the flow) to 1 (the SDE)
   sampling.churn = 0.0  # noise that heun adds and removes again

@@ -38,7 +38,8 @@ class NCSNpp(nn.Module):
   """A U-Net over residual blocks; DDPM++ is this network without FIR and progressive growing.
 
   Called with images (B, H, W, C) and conditioning values (B,), it returns an array like the images:
-  the score where `scale_by_sigma`, else the predicted noise.
+  the score where `scale_by_sigma`, else the predicted noise. The case of names does not matter; an
+  unknown one raises `UserError`.
 
   Attributes:
     image_size: height and width.
@@ -100,13 +101,18 @@ class NCSNpp(nn.Module):
   dtype: str = 'float32'
   remat: bool = False
 
+  def __post_init__(self):
+    # The case of these names does not matter: from here on they are spelled as in _CHOICES.
+    for field, choices in _CHOICES.items():
+      value = getattr(self, field)
+      spelled = {choice.lower(): choice for choice in choices}.get(str(value).lower())
+      if spelled is None:
+        raise UserError(f'model.{field}={value!r} is unknown: choose one of {", ".join(choices)}.')
+      setattr(self, field, spelled)
+    super().__post_init__()
+
   def check(self) -> None:
     """Raises `UserError` if the fields do not make a network."""
-    for field, choices in _CHOICES.items():
-      if getattr(self, field).lower() not in [choice.lower() for choice in choices]:
-        raise UserError(
-          f'model.{field}={getattr(self, field)!r} is unknown: choose one of {", ".join(choices)}.'
-        )
     get_act(self.nonlinearity)
     compute_dtype(self.dtype)
     check_halvings(self.image_size, self.ch_mult)

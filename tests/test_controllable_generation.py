@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 
 import controllable_generation as control
 import datasets
-import fast_sampling
 import run_lib
 import sampling
 import sde_lib
 from classifier import classifier_score
 from errors import UserError
+from losses import State
+from samplers import few_step
 from tests import golden_values as golden
 from tests import tiny_config
 
@@ -100,9 +102,9 @@ def measurements(sde):
     yield condition, A, A @ image.ravel()
 
 
-def draw(method, score_fn, condition):
+def draw(method, score_fn, condition, count=COUNT):
   sample = jax.jit(
-    lambda rng, condition: sampling.run(method, score_fn, rng, (COUNT, *SHAPE), condition=condition)
+    lambda rng, condition: sampling.run(method, score_fn, rng, (count, *SHAPE), condition=condition)
   )
   return np.asarray(sample(jax.random.PRNGKey(0), condition))
 
@@ -123,7 +125,7 @@ def pc(sde):
 
 
 def flow(sde):
-  return fast_sampling.FlowMethod(sde, fast_sampling.DPMSolverPP(eta=1.0), 100, 'logsnr', eps=1e-3)
+  return few_step.FlowMethod(sde, few_step.DPMSolverPP(eta=1.0), 100, 'logsnr', eps=1e-3)
 
 
 METHODS = {'pc': pc, 'dpm_solver++': flow}
@@ -235,19 +237,21 @@ def test_class_guidance_makes_the_score_of_the_class(sde):
   np.testing.assert_allclose(score, expected, rtol=1e-3, atol=1e-4)
 
 
-def small_methods(sde):
+def small_methods(sde, denoise=True):
   predictor = sampling.get_predictor('reverse_diffusion')
   corrector = sampling.get_corrector('langevin')
   sde = dataclasses.replace(sde, N=30)
   return {
-    'pc': sampling.PredictorCorrector(sde, predictor, corrector, eps=sde.sampling_eps),
+    'pc': sampling.PredictorCorrector(
+      sde, predictor, corrector, denoise=denoise, eps=sde.sampling_eps
+    ),
     'ode': sampling.ProbabilityFlow(sde, rtol=1e-3, atol=1e-3),
     **{
-      name: fast_sampling.FlowMethod(sde, solver, 8)
+      name: few_step.FlowMethod(sde, solver, 8, denoise=denoise)
       for name, solver in (
-        ('ddim', fast_sampling.DDIM()),
-        ('heun', fast_sampling.Heun(churn=2.0)),
-        ('dpm_solver++', fast_sampling.DPMSolverPP()),
+        ('ddim', few_step.DDIM()),
+        ('heun', few_step.Heun(churn=2.0)),
+        ('dpm_solver++', few_step.DPMSolverPP()),
       )
     },
   }
@@ -273,6 +277,41 @@ def test_known_pixels_come_back_exactly_and_unknown_ones_never_matter(sde, metho
   np.testing.assert_array_equal(x[:, :, 0], image[:, :, 0])
   assert np.isfinite(x).all()
   np.testing.assert_array_equal(sample(image.at[:, :, 1].set(jnp.nan)), x)
+
+
+@pytest.mark.parametrize(
+  'method',
+  ['pc', 'ddim', *(pytest.param(m, marks=pytest.mark.slow) for m in ('ode', 'heun'))],
+)
+def test_known_pixels_come_back_exactly_without_noise_removal_too(method):
+  method = small_methods(SDES[0], denoise=False)[method]
+  image = jax.random.normal(jax.random.PRNGKey(1), (3, *SHAPE))
+  known = control.inpainting(method.sde, image, jnp.ones(SHAPE).at[:, 1].set(0))
+  x = draw(method, gaussian_score(method.sde, covariance(0.6)), known, count=3)
+  np.testing.assert_array_equal(x[:, :, 0], image[:, :, 0])
+  assert np.abs(x[:, :, 1] - image[:, :, 1]).min() > 0
+
+
+class Zero(nn.Module):
+  """A score that is zero."""
+
+  @nn.compact
+  def __call__(self, x, labels, train=True):
+    return jnp.zeros_like(x)
+
+
+@pytest.mark.parametrize('denoise', [True, False])
+def test_the_inpainter_of_2021_leaves_noise_on_known_pixels_only_without_denoising(denoise):
+  sde = sde_lib.VESDE(sigma_max=1.0, N=2)
+  none = sampling.NonePredictor, sampling.NoneCorrector
+  inpainter = control.get_pc_inpainter(sde, Zero(), *none, lambda x: x, 0.1, denoise=denoise)
+  image = jax.random.normal(jax.random.PRNGKey(1), (3, *SHAPE))
+  mask = jnp.ones(SHAPE).at[:, 1].set(0)
+  x = inpainter(jax.random.PRNGKey(0), State(0, {}, {}, None, {}), image, mask)
+  error = np.abs(x - image)[:, :, 0]
+  sigma = float(sde.sigma(1e-5))
+  assert error.max() < 5 * sigma
+  assert (error.max() == 0) == denoise
 
 
 def test_colorization_and_super_resolution_keep_what_is_given_and_use_nothing_else():

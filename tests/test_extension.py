@@ -44,6 +44,8 @@ class ConstantBetaSDE(sde_lib.SDE):
 class MidpointPredictor(sampling.Predictor):
   """The midpoint rule for the probability flow."""
 
+  network_calls = 2
+
   def update_fn(self, rng, x, t):
     dt = -self.rsde.T / self.rsde.N
     flow = self.sde.reverse(self.score_fn, probability_flow=True)
@@ -123,7 +125,7 @@ def test_loss_optimizer_data_and_sampler_work_with_everything_replaced(config):
   exact = state.replace(params_ema={'s': jnp.asarray([0.3])})
   samples, nfe = sampler(jax.random.PRNGKey(2), exact)
   samples = (np.asarray(samples) + 1) / 2  # the sampler above applied the forward scaler
-  assert nfe == 2000
+  assert nfe == 3000
   np.testing.assert_allclose(samples.std(), 0.3, rtol=0.05)
 
 
@@ -157,3 +159,27 @@ def test_a_taken_name_is_refused():
   registry.register(int, name='a')
   with pytest.raises(ValueError, match="thing named 'a' is already registered"):
     registry.register(float, name='a')
+
+
+def test_names_are_found_in_any_case_and_shown_as_they_were_registered():
+  registry = Registry('thing')
+
+  @registry.register
+  class MyThing:
+    pass
+
+  assert registry.get('mything') is registry.get('MyThing') is MyThing
+  assert registry.names() == ['MyThing']
+  with pytest.raises(ValueError, match="thing named 'MyThing' is already registered"):
+    registry.register(float, name='mything')
+
+
+def test_a_predictor_registered_without_a_name_is_found(config):
+  @sampling.register_predictor
+  class Unnamed(sampling.Predictor):
+    def update_fn(self, rng, x, t):
+      return x, x
+
+  for name in ('Unnamed', 'unnamed'):
+    config.sampling.predictor = name
+    assert sampling.get_method(config, sde_lib.get_sde(config)).predictor is Unnamed

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 
 import datasets
-import latents
 import likelihood
-import ode
 import sampling
 import sde_lib
 from errors import UserError
 from losses import State
+from samplers import latents, ode_solver
 from sde_lib import batch_mul
 from tests import golden_values as golden
 from tests.test_extension import ConstantBetaSDE
@@ -201,7 +200,7 @@ def test_ode_calls_are_counted(method):
     jax.debug.callback(lambda: calls.append(1))
     return -y
 
-  y, nfe = jax.jit(lambda y: ode.solve(drift, y, 0.0, 1.0, method=method))(jnp.ones((2, 3)))
+  y, nfe = jax.jit(lambda y: ode_solver.solve(drift, y, 0.0, 1.0, method=method))(jnp.ones((2, 3)))
   jax.effects_barrier()
   np.testing.assert_allclose(y, np.exp(-1), rtol=1e-4)
   assert nfe == len(calls)
@@ -217,6 +216,18 @@ def test_ode_calls_are_counted(method):
 def test_bad_settings_are_refused(arguments, message):
   with pytest.raises(UserError, match=message):
     likelihood.get_likelihood_fn(sde_lib.VPSDE(), None, lambda x: x, **arguments)
+
+
+@pytest.mark.parametrize('name', ['exact', 'Rademacher'])
+def test_the_case_of_the_divergence_does_not_matter(name):
+  sde, model, state = tiny_gaussian()
+  x = 0.3 * jax.random.normal(jax.random.PRNGKey(0), (2, 2, 2, 1))
+
+  def bpd(name):
+    likelihood_fn = likelihood.get_likelihood_fn(sde, model, lambda x: x, name, eps=0.1)
+    return likelihood_fn(jax.random.PRNGKey(1), state, x)[0]
+
+  np.testing.assert_array_equal(bpd(name.upper()), bpd(name))
 
 
 def test_exact_divergence_of_large_images_is_refused():

@@ -10,7 +10,8 @@ import configuration
 import losses
 import sampling
 import sde_lib
-from models import layers, refinenet, utils
+from errors import UserError
+from models import layers, ncsnpp, refinenet, utils
 from tests import golden_values as golden
 
 QUICK = ['vp_ddpmpp_continuous']
@@ -74,6 +75,46 @@ def test_network_agrees_with_recorded_outputs_and_gradients(name):
   golden.assert_close(grad_x, recorded['grad_x'], 1e-4)
   norms = [np.linalg.norm(leaf) for leaf in golden.flatten(grad_params).values()]
   golden.assert_close(norms, recorded['grad_norms'], 1e-4)
+
+
+def program(config):
+  """All that the configured network computes, its parameters' paths among it."""
+  model, _, params = utils.abstract_model(config)
+  size = config.data.image_size
+  x, labels = jnp.zeros((1, size, size, config.data.num_channels)), jnp.ones(1)
+  apply = lambda params: model.apply({'params': params}, x, labels, train=False)
+  return jax.tree.structure(params), str(jax.make_jaxpr(apply)(params))
+
+
+@pytest.mark.parametrize(
+  'names',
+  [
+    {
+      'resblock_type': 'ddpm',
+      'embedding_type': 'fourier',
+      'progressive': 'output_skip',
+      'progressive_input': 'input_skip',
+      'progressive_combine': 'cat',
+      'nonlinearity': 'elu',
+    },
+    pytest.param(
+      {'resblock_type': 'biggan', 'progressive': 'residual', 'progressive_input': 'residual'},
+      marks=pytest.mark.slow,
+    ),
+  ],
+)
+def test_case_of_names_does_not_change_the_network(names):
+  config = golden.configure('vp/cifar10_ncsnpp_continuous', SMALL | {'model.nf': 8})
+  config.model.update(names)
+  expected = program(config)
+  config.model.update({field: value.upper() for field, value in names.items()})
+  config.model.update({'name': 'NCSNpp', 'normalization': 'groupnorm'})
+  assert program(config) == expected
+
+
+def test_an_unknown_name_is_refused_however_the_network_is_made():
+  with pytest.raises(UserError, match="model.resblock_type='resnet' is unknown: choose one of"):
+    ncsnpp.NCSNpp(image_size=8, resblock_type='resnet')
 
 
 @pytest.mark.parametrize(

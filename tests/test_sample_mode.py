@@ -219,7 +219,7 @@ def test_sample_mode_writes_what_was_given_the_results_and_a_report(trained):
     assert not file['given'][:, :, 14:].any()
     np.testing.assert_array_equal(file['samples'][left], file['originals'][left])
   report = json.loads((directory / 'report_1.json').read_text())
-  assert report['nfe'] == 10
+  assert report['nfe'] == 5
   assert report['task'] == 'inpaint'
   assert report['seconds'] > 0
   grid = Image.open(directory / 'grid.png')

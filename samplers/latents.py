@@ -10,10 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-import ode
 import parallelism
 from losses import State
 from models import utils as mutils
+from samplers import ode_solver
 from sde_lib import SDE, batch_mul
 
 Encoder = Callable[[State, jax.Array], tuple[jax.Array, int]]
@@ -37,18 +37,18 @@ def get_encoder(
     model: the network.
     rtol: relative tolerance of the ODE solver.
     atol: absolute tolerance.
-    method: a solver, see `ode.solve`.
+    method: a solver, see `ode_solver.solve`.
     eps: the time at which the images are taken to be.
     continuous: whether the network was trained on continuous time.
   """
-  ode.check_method(method)
+  ode_solver.check_method(method)
 
   @jax.jit
   def encode(params, model_state, x):
     score_fn = mutils.get_score_fn(sde, model, params, model_state, False, continuous)
     flow = sde.reverse(score_fn, probability_flow=True)
     drift = lambda t, x: flow.sde(x, jnp.full((x.shape[0],), t))[0]
-    return ode.solve(drift, parallelism.shard_batch(x), eps, sde.T, rtol, atol, method)
+    return ode_solver.solve(drift, parallelism.shard_batch(x), eps, sde.T, rtol, atol, method)
 
   def encoder(state: State, x: jax.Array) -> tuple[jax.Array, int]:
     z, nfe = encode(state.params_ema, state.model_state, x)

@@ -54,8 +54,13 @@ def solve(
     atol: absolute tolerance.
     method: 'RK45', 'RK23', 'DOP853' or an explicit Runge-Kutta method of diffrax.
     max_steps: more raise an error at run time.
+
+  Raises:
+    UserError: for an unknown method, or tolerances that no step can meet.
   """
   name = check_method(method)
+  if rtol < 0 or atol < 0 or rtol == atol == 0:
+    raise UserError(f'rtol={rtol} and atol={atol} must not be negative, nor both zero.')
   solver = getattr(diffrax, _SCIPY.get(name, name))()
   solution = diffrax.diffeqsolve(
     diffrax.ODETerm(lambda t, y, args: drift(t, y)),

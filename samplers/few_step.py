@@ -7,6 +7,10 @@ probability flow ODE (Eq. 13) of every SDE of the paper is one equation of y = x
 
 where D is the denoised image (Tweedie's formula). So each solver here serves VE, VP, sub-VP and a
 user's own SDE: it sees nothing but s, y and D.
+
+The number of steps is that of updates, as in EDM, whose last one goes to noise zero: n - 1 updates
+by the solver on n times from T to eps, and then the denoised image at eps, an Euler step to s = 0.
+Without that denoising it is n updates by the solver on n + 1 times.
 """
 
 import abc
@@ -21,7 +25,7 @@ import numpy as np
 import parallelism
 from errors import UserError
 from registry import Registry
-from sampling import Condition, Method, register_method
+from samplers.base import Condition, Method, register_method
 from sde_lib import SDE, ScoreFn, batch_mul
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
@@ -95,12 +99,14 @@ class Flow:
     denoiser: D(x_t, t).
     t: decreasing times, (n,).
     s: noise levels at these times, (n,).
+    n_steps: number of updates, with that to the denoised image at the end if there is one.
   """
 
   sde: SDE
   denoiser: Denoiser
   t: jax.Array
   s: jax.Array
+  n_steps: int
 
   def D(self, y: jax.Array, t: jax.Array) -> jax.Array:
     """The denoised image at y = x / alpha and the time `t`, a scalar."""
@@ -115,8 +121,9 @@ class Solver(abc.ABC):
   Args:
     eta: the part of each step's noise that is drawn anew, from 0 (the flow) to 1 (the reverse SDE);
       noise corrects the errors of a network, where the flow piles them up.
-    churn: how much noise is added over the whole way before it is removed again (`S_churn` of
-      Karras et al. 2022, Algorithm 2).
+    churn: how much noise is added over the whole way before it is removed again, `S_churn` of
+      Karras et al. 2022, Algorithm 2: each update raises s by churn / n_steps of itself, but by no
+      more than sqrt(2) - 1.
 
   A subclass names the one of the two that it takes in `noise`.
   """
@@ -179,7 +186,7 @@ class Heun(Solver):
   def step(self, flow, i, rng, y, memory):
     s, t = flow.s[i], flow.t[i]
     if self.churn:
-      gamma = min(self.churn / (len(flow.t) - 1), np.sqrt(2) - 1)
+      gamma = min(self.churn / flow.n_steps, np.sqrt(2) - 1)
       churned = jnp.minimum(s * (1 + gamma), flow.s[0])
       added = (churned - s) * (churned + s)  # never negative, as a difference of squares may be
       y = y + jnp.sqrt(added) * jax.random.normal(rng, y.shape)
@@ -216,39 +223,43 @@ class FlowMethod(Method):
   Args:
     sde: the forward SDE; its marginals must be linear in x_0.
     solver: the numerical method.
-    n_times: times on the grid, at least 2.
+    n_steps: number of updates; with `denoise` the last of them is the denoising.
     time_grid: 'edm', 'logsnr', 'uniform' or a registered name.
     rho: exponent of the grid 'edm'.
-    denoise: end with the denoised image at `eps`, which is one more network call.
-    eps: the last time.
+    denoise: end with the denoised image at `eps`, which is one network call.
+    eps: the last time of the solver.
 
   Raises:
-    UserError: for an unknown grid or fewer than two times.
+    UserError: for an unknown grid, or a number of updates that leaves the solver none.
   """
 
   def __init__(
     self,
     sde: SDE,
     solver: Solver,
-    n_times: int,
+    n_steps: int,
     time_grid: str = 'edm',
     rho: float = 7.0,
     denoise: bool = True,
     eps: float = 1e-3,
   ):
     grid = _TIME_GRIDS.get(time_grid)
-    if n_times < 2:
-      raise UserError(f'sampling.n_steps={n_times} is too few: use at least 2.')
+    least = 2 if denoise else 1
+    if n_steps < least:
+      raise UserError(f'sampling.n_steps={n_steps} is too few: use at least {least}.')
+    if rho <= 0:
+      raise UserError(f'sampling.rho={rho} must be positive; EDM uses 7.')
     self.sde, self.solver, self.denoise = sde, solver, denoise
-    self.n_steps = n_times - 1
+    self.n_updates = n_steps
+    self.n_steps = n_steps - denoise  # of the solver; `result` takes the last one
     self.calls_per_step = solver.evaluations
     with jax.ensure_compile_time_eval():
-      self.t = grid(sde, n_times, eps, rho)
+      self.t = grid(sde, self.n_steps + 1, eps, rho)
       self.s = noise_level(sde, self.t)
 
   def _flow(self, score_fn: ScoreFn, condition: Condition) -> Flow:
     denoiser = get_denoiser(self.sde, condition.flow_score(score_fn))
-    return Flow(self.sde, denoiser, self.t, self.s)
+    return Flow(self.sde, denoiser, self.t, self.s, self.n_updates)
 
   def _alpha(self, i: int | jax.Array) -> jax.Array:
     return self.sde.marginal_prob(jnp.ones(1), self.t[i][None])[0]
@@ -267,9 +278,7 @@ class FlowMethod(Method):
 
   def result(self, score_fn, condition, carry):
     x, y = carry[:2]
-    if not self.denoise:
-      return x
-    return condition.finish(self._flow(score_fn, condition).D(y, self.t[-1]))
+    return self._flow(score_fn, condition).D(y, self.t[-1]) if self.denoise else x
 
   def nfe(self, carry):
     return super().nfe(carry) + self.denoise
