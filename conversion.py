@@ -330,7 +330,7 @@ def _port_names(config: ml_collections.ConfigDict, keys: Iterable[str]) -> dict[
   """Our path of each parameter, by its name in the PyTorch port."""
   _, _, params = mutils.abstract_model(config)
   paths = weights.flatten(params)
-  if config.model.name.startswith('ncsnv2'):
+  if config.model.name.lower().startswith('ncsnv2'):
     return {_ncsnv2_name(path, paths): path for path in paths}
   # The port keeps the modules in one list; those without weights may take a place in it.
   order = _call_order(config)

@@ -184,6 +184,11 @@ class NCSN(_RefineNet):
   def check(self) -> None:
     """Raises `UserError` if the fields do not make a network."""
     super().check()
+    if self.normalization != 'InstanceNorm++':
+      raise UserError(
+        f'model.normalization={self.normalization!r} is not for the network ncsn, which looks its '
+        f"normalization up by noise level: set it to 'InstanceNorm++'."
+      )
     if self.num_classes < self.num_scales:
       raise UserError(
         f'model.num_classes={self.num_classes} is fewer than the noise levels of '

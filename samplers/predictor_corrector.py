@@ -243,10 +243,17 @@ def _pc_method(config: Any, sde: SDE, eps: float) -> Method:
   settings = config.sampling
   if settings.n_steps_each < 0:
     raise UserError(f'sampling.n_steps_each={settings.n_steps_each} must not be negative.')
+  predictor, corrector = get_predictor(settings.predictor), get_corrector(settings.corrector)
+  if not predictor.network_calls + settings.n_steps_each * corrector.network_calls:
+    raise UserError(
+      f'sampling.predictor={settings.predictor!r} and sampling.corrector={settings.corrector!r} '
+      f'with sampling.n_steps_each={settings.n_steps_each} never ask the network, so that samples '
+      f'would be those of the prior: choose another predictor or corrector.'
+    )
   return PredictorCorrector(
     _with_steps(config, sde),
-    get_predictor(settings.predictor),
-    get_corrector(settings.corrector),
+    predictor,
+    corrector,
     settings.snr,
     settings.n_steps_each,
     settings.probability_flow,

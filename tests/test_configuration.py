@@ -4,6 +4,7 @@ import jax
 import pytest
 
 import configuration
+from configs.ve.ncsn import cifar10
 from configs.vp import mnist_ddpmpp_continuous
 from errors import UserError
 from runtime import workdir
@@ -70,6 +71,16 @@ def test_combinations_that_cannot_work_are_refused(monkeypatch):
   config.training.continuous = False
   config.training.likelihood_weighting = True
   with pytest.raises(UserError, match='needs training.continuous=True'):
+    configuration.prepare(config)
+
+  config = cifar10.get_config()
+  config.model.normalization = 'InstanceNorm'
+  with pytest.raises(UserError, match="model.normalization='InstanceNorm' is not for the network"):
+    configuration.prepare(config)
+
+  config = mnist_ddpmpp_continuous.get_config()
+  config.sampling.predictor = 'none'
+  with pytest.raises(UserError, match='never ask the network'):
     configuration.prepare(config)
 
   config = mnist_ddpmpp_continuous.get_config()
