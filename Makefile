@@ -1,9 +1,10 @@
-# `make demo` and `make test` work from nothing: each makes its own virtual environment.
+# Every target works from nothing: it makes its own virtual environment. Another Python, with the
+# newest versions that the requirements allow: make quick PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
 VENV := .venv
 DEMO := runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test quick lint clean
 
 $(VENV)/run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +21,9 @@ demo: $(VENV)/run
 
 test: $(VENV)/dev
 	$(VENV)/bin/python -m pytest -q -n auto --dist worksteal
+
+quick: $(VENV)/dev
+	$(VENV)/bin/python -m pytest -q -n auto --dist worksteal -m "not slow"
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

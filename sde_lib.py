@@ -218,8 +218,8 @@ class _LinearBetaSDE(SDE):
     if self.beta_max >= self.N:
       raise UserError(
         f'The discrete chain of {type(self).__name__} needs more steps than beta_max: '
-        f'got N={self.N} (sampling.n_steps, else model.num_scales) and beta_max={self.beta_max}; raise '
-        f'it or use the predictor euler_maruyama with the corrector none.'
+        f'got N={self.N} (sampling.n_steps, else model.num_scales) and beta_max={self.beta_max}; '
+        f'raise it or use the predictor euler_maruyama with the corrector none.'
       )
     return 1 - self.discrete_betas
 

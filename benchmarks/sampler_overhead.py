@@ -23,6 +23,7 @@ import parallelism
 import sampling
 import sde_lib
 from models import utils as mutils
+from runtime import startup
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file.')
 _CALLS = flags.DEFINE_integer('calls', 20, 'Network calls in a run.')
@@ -32,6 +33,7 @@ _REPEATS = flags.DEFINE_integer('repeats', 7, 'Runs of each, in turn.')
 def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
+  startup.start_jax(_CONFIG.value)
   config = configuration.prepare(_CONFIG.value)
   euler = {'method': 'pc', 'predictor': 'euler_maruyama', 'corrector': 'none'}
   config.sampling.update({**euler, 'n_steps': _CALLS.value})
@@ -79,5 +81,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  startup.restart_with_settings()
+  startup.keep_compiled_programs()
   flags.mark_flags_as_required(['config'])
   app.run(main)

@@ -26,6 +26,7 @@ import reporting
 import sampling
 import sampling_run
 import sde_lib
+from runtime import startup
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'A run with a checkpoint.')
@@ -93,6 +94,7 @@ def plot(rows: list[dict], path: str) -> None:
 def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
+  startup.start_jax(_CONFIG.value)
   base = configuration.prepare(_CONFIG.value)
   sde = sde_lib.get_sde(base)
   model, state = sampling_run.trained_state(base, pathlib.Path(_WORKDIR.value), None)
@@ -127,5 +129,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  startup.restart_with_settings()
+  startup.keep_compiled_programs()
   flags.mark_flags_as_required(['config', 'workdir'])
   app.run(main)
