@@ -7,6 +7,7 @@ Reading never writes: only the training of a run renames its damaged checkpoints
 reads for itself and all of them agree on what is taken.
 """
 
+import contextlib
 import json
 import math
 import pathlib
@@ -14,7 +15,7 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.serialization
@@ -39,6 +40,10 @@ class DamagedCheckpoint(UserError):
 
 class MisfitCheckpoint(UserError):
   """A checkpoint of another network or optimizer than the configuration describes."""
+
+
+class UnsavedCheckpoint(UserError):
+  """A checkpoint could not be written."""
 
 
 class NonFiniteState(FloatingPointError):
@@ -111,7 +116,7 @@ class CheckpointReader:
       number, {'missing': wanted.keys() - saved, 'not of this network': saved - wanted.keys()}
     )
     arrays = self._read(number, wanted)
-    self._check_fit(number, {'of another shape': _mismatches(wanted, arrays)})
+    self._check_fit(number, {'of another shape or type': _mismatches(wanted, arrays)})
     for path, array in arrays.items():
       if _checksum(array) != checksums[path]:
         raise DamagedCheckpoint(
@@ -124,12 +129,19 @@ class CheckpointReader:
     return flax.serialization.from_state_dict(like, restored | absent)
 
   def _check_fit(self, number: int, problems: Mapping[str, Iterable[str]]) -> None:
-    found = [f'{kind}: {enumerate_names(names)}' for kind, names in problems.items() if names]
+    # The optimizer's moments are as the parameters: no need to name them as well.
+    parameters = lambda names: [name for name in names if name.startswith('params')]
+    found = [
+      f'{kind}: {enumerate_names(parameters(names) or names)}'
+      for kind, names in problems.items()
+      if names
+    ]
     if found:
-      hint = ' without JAX_ENABLE_X64' if jax.config.jax_enable_x64 else ''
+      double = jax.config.jax_enable_x64 or 'float64' in ' '.join(found)
+      hint = ', and JAX_ENABLE_X64 as it was then' if double else ''
       raise MisfitCheckpoint(
         f'{self.path(number)} does not fit the configuration ({"; ".join(found)}): it is whole, '
-        f'so use the configuration of its run{hint}, which is in config.json beside it.'
+        f'so use the configuration of its run, which is in config.json beside it{hint}.'
       )
 
   def _read(self, number: int, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -159,10 +171,9 @@ class CheckpointReader:
       raise self._damaged(number, error) from error
 
   def _damaged(self, number: int, error: Exception) -> DamagedCheckpoint:
-    reason = (str(error).splitlines() or [''])[0] or type(error).__name__
     return DamagedCheckpoint(
-      f'{self.path(number)} is damaged and cannot be read ({reason[:200]}): take another one, or '
-      f'restore it from a copy.'
+      f'{self.path(number)} is damaged and cannot be read ({_first_line(error)}): take another '
+      f'one, or restore it from a copy.'
     )
 
 
@@ -194,13 +205,26 @@ class CheckpointDirectory(CheckpointReader):
     return self
 
   def __exit__(self, *exc_info) -> None:
-    self._manager.close()
+    with self._writing():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Turns what Orbax raises, of this save or of the one before, into a sentence."""
+    try:
+      yield
+    except Exception as error:  # Orbax raises many kinds
+      raise UnsavedCheckpoint(
+        f'A checkpoint could not be written to {self.directory} ({_first_line(error)}): the ones '
+        f'before are whole; mend that and rerun the same command, which resumes from them.'
+      ) from error
 
   def save(self, number: int, state: State) -> None:
     """Begins to write `state` as checkpoint `number`, replacing one of an earlier step.
 
     Raises:
       NonFiniteState: if a parameter is NaN or infinite.
+      UnsavedCheckpoint: if this one or the one before could not be written.
     """
     tree = flax.serialization.to_state_dict(state)
     leaves = {path: np.asarray(leaf) for path, leaf in _flatten(tree).items()}
@@ -216,17 +240,16 @@ class CheckpointDirectory(CheckpointReader):
       if self.step(number) == int(state.step):
         return
       self._manager.delete(number)
-    self._manager.save(
-      number,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(tree), metadata=ocp.args.JsonSave(metadata)
-      ),
-      force=True,
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(tree), metadata=ocp.args.JsonSave(metadata)
     )
+    with self._writing():
+      self._manager.save(number, args=args, force=True)
 
   def wait(self) -> None:
     """Returns when everything is written."""
-    self._manager.wait_until_finished()
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def set_aside(self, number: int) -> pathlib.Path:
     """Renames a damaged checkpoint so that it is neither used nor lost; the first process does."""
@@ -347,6 +370,10 @@ def _mismatches(wanted: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
     for path, leaf in wanted.items()
     if describe(arrays[path]) != describe(leaf)
   ]
+
+
+def _first_line(error: Exception) -> str:
+  return ((str(error).splitlines() or [''])[0] or type(error).__name__)[:300]
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def load_classifier(path: str | pathlib.Path) -> NoiseConditionalClassifier:
       "config.classifier.checkpoint='' names no file: give the classifier.safetensors "
       'of a run of --mode=train_classifier.'
     )
+  path = pathlib.Path(path).expanduser()
   _, info = mutils.read_classifier_file(path)
   module, params = mutils.create_classifier(jax.random.PRNGKey(0), 1, path)
   return NoiseConditionalClassifier(

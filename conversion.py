@@ -488,7 +488,7 @@ def read_state(config: ml_collections.ConfigDict, checkpoint: str | None) -> Sta
   """
   if not checkpoint:
     raise UserError('--mode=import needs the file to import: give --checkpoint=FILE.')
-  path = pathlib.Path(checkpoint)
+  path = pathlib.Path(checkpoint).expanduser()
   try:
     with path.open('rb') as file:
       head = file.read(_HEAD)

@@ -181,7 +181,7 @@ def get_inception_model(path: str | pathlib.Path = '', scaling: str = 'tfgan') -
   """
   path = pathlib.Path(
     path or os.environ.get(INCEPTION_VARIABLE) or datasets.ASSETS / INCEPTION_FILE
-  )
+  ).expanduser()
   try:
     digest = _sha256(path)
   except OSError as error:
@@ -300,7 +300,7 @@ def _dataset_names(config: Any) -> list[str]:
 def stats_path(config: Any) -> pathlib.Path:
   """Where the statistics are, or will be."""
   path = config.eval.stats_path
-  return pathlib.Path(path) if path else default_stats_path(config)
+  return pathlib.Path(path).expanduser() if path else default_stats_path(config)
 
 
 def load_dataset_stats(config: Any, extractor: Extractor) -> DatasetStats:

@@ -147,10 +147,10 @@ def main(argv: list[str]) -> None:
       f'sampling.batch_size, eval.batch_size) or, to train, set model.remat=True.',
     )
   except OSError as error:
-    where = f' {error.filename}' if error.filename else ''
+    where = f': {error.filename}' if error.filename else ''
     _fail(
       'OSError',
-      f'{error.strerror or error}:{where}. What was written before is whole; mend that and rerun '
+      f'{error.strerror or error}{where}. What was written before is whole; mend that and rerun '
       f'the same command, which resumes.',
     )
 

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -254,6 +255,7 @@ def log_to_console() -> None:
   handler.python_handler.stream = _AboveProgressBar()
   logging.set_stderrthreshold('fatal')  # or absl copies what the stream gets to standard error
   _set_up(handler)
+  sys.unraisablehook = _quiet_after_failed_write
 
 
 class _LogFile(logging.logging.FileHandler):
@@ -263,6 +265,12 @@ class _LogFile(logging.logging.FileHandler):
     del record
     logging.get_absl_logger().removeHandler(self)
     logging.warning('The log %s ends here: %s.', self.baseFilename, sys.exc_info()[1])
+
+
+def _quiet_after_failed_write(unraisable: Any) -> None:
+  """The event loops of a checkpoint that cannot be written each end with a traceback: no news."""
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager
@@ -282,8 +290,15 @@ def log_to_file(path: pathlib.Path) -> Iterator[None]:
     handler.close()
 
 
+class _Formatter(logging.logging.Formatter):
+  """Gives of an exception, which only other packages log, its message."""
+
+  def formatException(self, ei: Any) -> str:
+    return ''.join(traceback.format_exception_only(ei[1])).strip()
+
+
 def _set_up(handler: Any) -> None:
-  handler.setFormatter(logging.logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+  handler.setFormatter(_Formatter('%(asctime)s %(levelname)s %(message)s'))
   handler.addFilter(_of_this_project)
 
 

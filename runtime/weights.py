@@ -111,7 +111,7 @@ def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def enumerate_names(names: Iterable[Any]) -> str:
   """The first few of these names, which may be anything that a file says, and how many more."""
-  names = sorted(map(str, names), key=lambda name: (not name.startswith('params'), name))
+  names = sorted(map(str, names))
   shown = [name if name.isprintable() else ascii(name) for name in names[:_SHOWN]]
   more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
   return (', '.join(name[:_LONGEST_NAME] for name in shown) or 'none') + more

@@ -169,7 +169,7 @@ def test_another_optimizer_or_other_layers_are_a_misfit_with_the_names(saved, st
 def test_state_in_double_precision_is_a_misfit_that_names_the_switch(saved, state):
   with jax.enable_x64(True):
     double = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, 'float64'), state)
-    with pytest.raises(MisfitCheckpoint, match=r'float32\[.*float64\[.*without JAX_ENABLE_X64'):
+    with pytest.raises(MisfitCheckpoint, match=r'float32\[.*float64\[.*JAX_ENABLE_X64 as it was'):
       checkpoints.restore_newest([saved], double)
 
 

@@ -112,9 +112,9 @@ def test_double_precision_with_a_run_without_it_is_no_damage(trained):
   arguments = [f'--config={CONFIG}', f'--workdir={trained}', '--config.sampling.num_samples=2']
   arguments += ['--config.sampling.batch_size=2']
   code, output = main('--mode=sample', *arguments, JAX_ENABLE_X64='1')
+  assert code == 1
   assert 'damaged' not in output
-  if code:
-    assert 'without JAX_ENABLE_X64' in output
+  assert 'JAX_ENABLE_X64 as it was then' in output
 
 
 @pytest.mark.parametrize('content', ['', '{"training": {', '[1, 2]', '{"a": 1}'])
@@ -144,3 +144,30 @@ def test_directory_that_cannot_be_written_to_is_named(tmp_path):
   assert code == 1
   assert '--workdir' in output
   assert 'choose another' in output
+
+
+def test_full_disk_is_a_sentence_and_the_same_command_resumes(tmp_path):
+  """A limit on the size of files fails as a full disk does: while the arrays are written."""
+  limited = (
+    'import resource, runpy, sys\n'
+    'resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))\n'
+    'sys.argv[0] = "main.py"\n'
+    'runpy.run_path("main.py", run_name="__main__")\n'
+  )
+  arguments = ['--mode=train', f'--config={CONFIG}', f'--workdir={tmp_path}']
+  arguments += ['--config.training.n_iters=10', '--config.training.snapshot_sampling=False']
+  process = subprocess.run(
+    [sys.executable, '-c', limited, *arguments],
+    cwd=ROOT,
+    env=ENVIRONMENT | {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=0', 'JAX_COMPILATION_CACHE_DIR': ''},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert process.returncode == 1
+  assert 'Traceback' not in process.stderr
+  assert 'File too large' in process.stderr.splitlines()[-1]
+  assert 'rerun the same command' in process.stderr.splitlines()[-1]
+  code, output = main(*arguments)
+  assert code == 0, output
+  assert 'Training is complete at step 10' in output

@@ -434,7 +434,7 @@ def test_import_evaluates_export_and_import_again(flax_file, tmp_path):
     conversion.export_checkpoint(config, str(tmp_path / 'a'))
   with pytest.raises(UserError, match='checkpoint_number=3 is not in .* it has .1001'):
     conversion.export_checkpoint(config, str(tmp_path / 'a'), str(tmp_path / 'x'), 3)
-  with pytest.raises(UserError, match='has no checkpoints'):
+  with pytest.raises(UserError, match='holds no checkpoint'):
     conversion.export_checkpoint(config, str(tmp_path / 'nothing'))
   config.model.width = 16
   with pytest.raises(UserError, match='another configuration'):

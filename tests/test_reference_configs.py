@@ -91,6 +91,7 @@ DIFFERENCES = [
       'data.path',
       *(f'eval.{key}' for key in ('bpd_repeats', 'extractor', 'inception_path', 'wait_seconds')),
       *(f'eval.{key}' for key in ('stats_path', 'stats_split', 'stats_features')),
+      'eval.sigma_max_images',
       *(f'sampling.{key}' for key in ('n_steps', 'time_grid', 'rho', 'eta', 'churn')),
       *(f'sampling.{key}' for key in ('ode_solver', 'rtol', 'atol', 'per_image_seeds')),
       *(f'sampling.{key}' for key in ('task', 'mask', 'superres_factor', 'label')),

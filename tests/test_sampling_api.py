@@ -273,7 +273,6 @@ METHODS = {
   'predictor': (3, method_of()),
   'corrector': (6, method_of(predictor='none', **LANGEVIN)),
   'both': (9, method_of(predictor='reverse_diffusion', **LANGEVIN)),
-  'neither': (0, method_of(predictor='none')),
   'a predictor of two calls': (6, sampling.PredictorCorrector(COARSE, Midpoint)),
   'ddim': (3, method_of(method='ddim')),
   'ddim without denoising': (3, method_of(method='ddim', noise_removal=False)),

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import classifier
 import configuration
+import conversion
+import datasets
 import reporting
 import run_lib
 from checkpoints import CheckpointReader
@@ -128,6 +131,14 @@ def test_tilde_in_workdir_is_the_home_directory(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   run_lib.train(config_of(training__n_iters=1), '~/run')
   assert [path.name for path in tmp_path.iterdir()] == ['run']
+  path = conversion.export_checkpoint(config_of(), '~/run', '~/weights.safetensors')
+  assert path == tmp_path / 'weights.safetensors'
+  assert (
+    int(conversion.read_state(configuration.prepare(config_of()), '~/weights.safetensors').step)
+    == 1
+  )
+  shutil.copy(datasets.ASSETS / 'mnist5k_classifier.safetensors', tmp_path / 'mine')
+  assert classifier.load_classifier('~/mine').image_shape == (28, 28, 1)
 
 
 def test_lines_that_are_no_metrics_are_kept_aside_and_the_run_resumes(trained, tmp_path, caplog):
