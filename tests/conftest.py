@@ -2,10 +2,16 @@
 
 import os
 
-import jax
-import pytest
+from runtime import startup
 
-import losses  # noqa: F401  (the package under test must import before any option is set)
+# Many tests compile the same small programs; those of the command line inherit both settings.
+startup.keep_compiled_programs()
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+import losses  # noqa: E402, F401  (the package under test must import before any option is set)
 
 
 def pytest_configure() -> None:
