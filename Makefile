@@ -20,7 +20,7 @@ demo: $(VENV)/run
 	@echo "Samples: $$(ls -t $(DEMO)/samples/*/sample.png | head -n 1)"
 
 test: $(VENV)/dev
-	$(VENV)/bin/python -m pytest -q -n auto --dist worksteal
+	$(VENV)/bin/python -m pytest -q -n auto --dist worksteal --durations=25
 
 quick: $(VENV)/dev
 	$(VENV)/bin/python -m pytest -q -n auto --dist worksteal -m "not slow"

@@ -303,19 +303,19 @@ def restore_newest(directories: list[CheckpointReader], like: State) -> State | 
     DamagedCheckpoint: if there are checkpoints and all are damaged.
     MisfitCheckpoint: as `CheckpointReader.restore`.
   """
-  return _restore_newest(directories, like)[0]
+  return _restore_newest(directories, like, 'Taking')[0]
 
 
 def resume(directories: list[CheckpointDirectory], like: State) -> State | None:
   """As `restore_newest`, for the training of the run: damaged checkpoints are set aside."""
-  state, damaged = _restore_newest(directories, like)
+  state, damaged = _restore_newest(directories, like, 'Resuming from')
   for index, number in damaged:
     logging.warning('Kept for inspection: %s', directories[index].set_aside(number))
   return state
 
 
 def _restore_newest(
-  directories: list[CheckpointReader], like: State
+  directories: list[CheckpointReader], like: State, purpose: str
 ) -> tuple[State | None, list[tuple[int, int]]]:
   """The state, and the index of the directory and the number of those that are damaged."""
   damaged = []
@@ -330,7 +330,7 @@ def _restore_newest(
       if parallelism.from_first_process(directory.path(number).exists()):
         logging.warning('%s Trying the one before.', error)
       continue
-    logging.info('Restored %s, step %d.', directory.path(number), int(state.step))
+    logging.info('%s %s, step %d.', purpose, directory.path(number), int(state.step))
     return state, [entry for entry in damaged if _exists(directories, entry)]
   damaged = [entry for entry in damaged if _exists(directories, entry)]
   if damaged:

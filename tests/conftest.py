@@ -22,6 +22,14 @@ def pytest_configure() -> None:
     os.sched_setaffinity(0, {processors[int(worker.removeprefix('gw')) % len(processors)]})
 
 
+@pytest.fixture(scope='module')
+def quickly_compiled():
+  """For modules whose programs take longer to optimize than to run, on this machine's CPU."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 @pytest.fixture
 def recorded_random_bits():
   """The random bits that the golden values were recorded with."""

@@ -15,7 +15,8 @@ from tests.golden_values import assert_close, load
 def state_dict():
   recorded = load('inception')
   shapes = (tuple(map(int, shape.strip('[]').split(','))) for shape in recorded['param_shapes'])
-  return {n: fill_inception(n, s) for n, s in zip(recorded['param_names'], shapes, strict=True)}
+  names = map(str, recorded['param_names'])
+  return {n: fill_inception(n, s) for n, s in zip(names, shapes, strict=True)}
 
 
 @functools.cache

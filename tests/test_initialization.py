@@ -1,9 +1,11 @@
 """Fresh parameters have the scale, the range and the centre of the recorded ones, leaf by leaf."""
 
+import functools
 import json
 
-import flax.traverse_util
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +20,25 @@ QUICK = ('ve_ncsnv2', 'vp_ddpmpp_continuous')
 KEY = jax.random.key(0, impl='unsafe_rbg')
 
 
-def differences(params, leaves):
+def fresh_leaves(module, *inputs):
+  """Every parameter by its path, drawn by its own initializer, without the network around it."""
+  initializers, param = {}, nn.Module.param
+
+  def noted(self, name, init_fn, *args, **kwargs):
+    initializers['/'.join((*self.scope.path, name))] = functools.partial(init_fn, *args)
+    return param(self, name, init_fn, *args, **kwargs)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(nn.Module, 'param', noted)
+    jax.eval_shape(functools.partial(module.init, train=False), KEY, *inputs)
+  keys = jax.random.split(KEY, len(initializers))
+  return {
+    path: init.func(key, *init.args)
+    for (path, init), key in zip(initializers.items(), keys, strict=True)
+  }
+
+
+def differences(flat, leaves):
   """The leaves whose statistics are further from the recorded ones than chance makes them.
 
   Of n entries, the mean is uncertain by rms / sqrt(n) and the rms by at most rms / sqrt(2 n); the
@@ -27,7 +47,6 @@ def differences(params, leaves):
   so a bound of 4 / (2 ln n) tells uniform (1.7 rms), truncated (2.3) and normal (above 3) leaves
   apart as soon as they have some hundred entries. Recorded values have six decimals.
   """
-  flat = flax.traverse_util.flatten_dict(params, sep='/')
   assert flat.keys() == leaves.keys()
   wrong = {}
   for path, recorded in leaves.items():
@@ -53,10 +72,14 @@ def differences(params, leaves):
 def test_network_starts_as_the_recorded_one(name):
   recorded = RECORDED[name]
   config = configure(recorded['config'], recorded['overrides'])
-  assert not differences(utils.init_model(KEY, config)[2], recorded['leaves'])
+  size, channels = config.data.image_size, config.data.num_channels
+  model = utils.create_model(config)
+  leaves = fresh_leaves(model, jnp.zeros((1, size, size, channels)), jnp.ones(1))
+  assert not differences(leaves, recorded['leaves'])
 
 
 def test_classifier_starts_as_the_recorded_one():
   fields = {'blocks_per_group': 1, 'channel_multiplier': 1, 'num_classes': 10}
-  _, params = utils.create_classifier(KEY, 1, **fields)
-  assert not differences(params, RECORDED['classifier']['leaves'])
+  classifier = utils.get_classifier('wideresnet_noise_conditional')(**fields)
+  leaves = fresh_leaves(classifier, jnp.zeros((1, 32, 32, 3)), jnp.ones(1))
+  assert not differences(leaves, RECORDED['classifier']['leaves'])

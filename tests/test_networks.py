@@ -14,6 +14,8 @@ from errors import UserError
 from models import layers, ncsnpp, refinenet, utils
 from tests import golden_values as golden
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 QUICK = ['vp_ddpmpp_continuous']
 SLOW = [
   've_ncsnv2',
