@@ -10,7 +10,6 @@ import sde_lib
 from models import utils
 from tests import golden_values as golden
 
-
 NETWORKS = [
   'vp_ddpmpp_continuous',
   've_ncsnv2',
