@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 DEMO := runs/demo
+TESTS :=  # files that `make quick` runs; all by default
 
 .PHONY: demo test quick lint clean
 
@@ -23,7 +24,7 @@ test: $(VENV)/dev
 	$(VENV)/bin/python -m pytest -q -n auto --dist worksteal --durations=25
 
 quick: $(VENV)/dev
-	$(VENV)/bin/python -m pytest -q -n auto --dist worksteal -m "not slow"
+	$(VENV)/bin/python -m pytest -q -n auto --dist worksteal -m "not slow" $(TESTS)
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
