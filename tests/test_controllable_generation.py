@@ -20,8 +20,6 @@ from samplers import few_step
 from tests import golden_values as golden
 from tests import tiny_config
 
-pytestmark = pytest.mark.usefixtures('quickly_compiled')
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', golden.CONTINUOUS)

@@ -17,8 +17,6 @@ from sde_lib import batch_mul
 from tests import golden_values as golden
 from tests.test_extension import ConstantBetaSDE
 
-pytestmark = pytest.mark.usefixtures('quickly_compiled')
-
 SDES = [
   sde_lib.VPSDE(),
   ConstantBetaSDE(),  # a user's

@@ -13,8 +13,6 @@ from sde_lib import VESDE, VPSDE, subVPSDE
 from tests import golden_values as golden
 from tests.test_sdes import RECORDED, recorded_score
 
-pytestmark = pytest.mark.usefixtures('quickly_compiled')
-
 
 def _recorded_updates(name):
   prefix = f'{name}/'

@@ -24,8 +24,6 @@ from samplers import few_step
 from tests import tiny_config
 from tests.test_extension import ConstantBetaSDE
 
-pytestmark = pytest.mark.usefixtures('quickly_compiled')
-
 SHAPE = (4, 4, 4, 3)
 VP = sde_lib.VPSDE(N=30, beta_max=10.0)
 COARSE = sde_lib.VPSDE(N=3, beta_max=1.0)
