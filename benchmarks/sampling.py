@@ -24,9 +24,9 @@ import metrics
 import parallelism
 import reporting
 import sampling
-import sampling_run
 import sde_lib
 from runtime import startup
+from runtime.workdir import load_weights
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'A run with a checkpoint.')
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
   startup.start_jax(_CONFIG.value)
   base = configuration.prepare(_CONFIG.value)
   sde = sde_lib.get_sde(base)
-  model, state = sampling_run.trained_state(base, pathlib.Path(_WORKDIR.value), None)
+  model, state = load_weights(base, pathlib.Path(_WORKDIR.value).expanduser())
   extractor = evaluation.get_extractor(base)
 
   def described(images):
