@@ -327,7 +327,7 @@ def _restore_newest(
     except DamagedCheckpoint as error:
       damaged.append(newest)
       # Beside a training that deletes old ones, it may be gone by now.
-      if parallelism.from_first_process(directory.path(number).exists()):
+      if _exists(directories, newest):
         logging.warning('%s Trying the one before.', error)
       continue
     logging.info('%s %s, step %d.', purpose, directory.path(number), int(state.step))

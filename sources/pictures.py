@@ -278,7 +278,7 @@ def decode(path: str | os.PathLike, num_channels: int) -> np.ndarray:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     raise UserError(
       f'The picture {os.fspath(path)} cannot be read ({reason}): remove or replace it and rerun '
-      f'the same command, which resumes.'
+      f'the same command, which resumes once data.json is removed from --workdir.'
     ) from error
 
 
