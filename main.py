@@ -1,5 +1,6 @@
 """Trains, evaluates and converts score models; `python main.py --help` lists the flags."""
 
+import logging as python_logging
 import os
 import runpy
 import sys
@@ -157,7 +158,9 @@ def main(argv: list[str]) -> None:
 
 def _fail(kind: str, message: str) -> None:
   logging.get_absl_handler().flush()
-  print(f'{kind}: {message}', file=sys.stderr)
+  # A save that failed in the background may still report; the sentence comes last, in one write.
+  python_logging.disable(python_logging.CRITICAL)
+  sys.stderr.write(f'{kind}: {message}\n')
   sys.exit(1)
 
 
