@@ -24,11 +24,11 @@ import numpy as np
 import scipy.fft
 
 import sampling
-from classifier import classifier_score, load_classifier
-from errors import UserError
 from losses import State
 from models import utils as mutils
-from registry import Registry
+from models.classifier import classifier_score, load_classifier
+from runtime.errors import UserError
+from runtime.registry import Registry
 from sampling import Condition, Corrector, Predictor
 from sde_lib import SDE, batch_mul
 

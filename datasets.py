@@ -33,8 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from errors import UserError
-from registry import Registry
+from runtime.errors import UserError
+from runtime.registry import Registry
 from sources import pictures
 
 _DATASETS = Registry('data set')

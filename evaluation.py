@@ -30,13 +30,11 @@ from absl import logging
 
 import datasets
 import metrics
-import parallelism
-import reporting
-import torch_file
-from errors import UserError
 from models import inception
 from models import utils as mutils
-from registry import Registry
+from runtime import parallelism, reporting, torch_file
+from runtime.errors import UserError
+from runtime.registry import Registry
 
 PyTree = Any
 

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import parallelism
-from errors import UserError
 from losses import State
 from models import utils as mutils
-from registry import Registry
+from runtime import parallelism
+from runtime.errors import UserError
+from runtime.registry import Registry
 from samplers import ode_solver
 from sde_lib import SDE
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from errors import UserError
 from models import utils as mutils
-from registry import Registry
+from runtime.errors import UserError
+from runtime.registry import Registry
 from sde_lib import SDE, VESDE, VPSDE, batch_mul
 
 PyTree = Any

@@ -117,10 +117,10 @@ def main(argv: list[str]) -> None:
   # Imported here so that --help and a misspelt flag answer at once.
   import jax
 
-  import classifier_training
-  import conversion
   import run_lib
-  from errors import UserError
+  from modes import convert as conversion
+  from modes import train_classifier as classifier_training
+  from runtime.errors import UserError
 
   config, workdir, checkpoint = _CONFIG.value, _WORKDIR.value, _CHECKPOINT.value
   modes = {

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from errors import UserError
+from runtime.errors import UserError
 
 _BLOCK = 4096
 _LARGEST = 1e50  # of features and logits: the sums of their sixth powers are finite

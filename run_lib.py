@@ -15,19 +15,16 @@ import numpy as np
 import tqdm
 from absl import logging
 
-import checkpoints
-import configuration
 import datasets
 import evaluation
-import evaluation_run
 import losses
-import parallelism
-import reporting
 import sampling
-import sampling_run
 import sde_lib
-from checkpoints import CheckpointDirectory
 from losses import State
+from modes import evaluate as evaluation_run
+from modes import sample as sampling_run
+from runtime import checkpoints, configuration, parallelism, reporting
+from runtime.checkpoints import CheckpointDirectory
 from runtime.workdir import at_work, check_run, log_start, record
 from sde_lib import SDE
 

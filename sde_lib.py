@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from errors import UserError
-from registry import Registry
+from runtime.errors import UserError
+from runtime.registry import Registry
 
 ScoreFn = Callable[[jax.Array, jax.Array], jax.Array]
 

@@ -16,14 +16,12 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-import configuration
 import datasets
 import losses
-import parallelism
 import sampling
 import sde_lib
 from models import utils as mutils
-from runtime import startup
+from runtime import configuration, parallelism, startup
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file.')
 _CALLS = flags.DEFINE_integer('calls', 20, 'Network calls in a run.')

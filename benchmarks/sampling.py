@@ -17,15 +17,12 @@ import tqdm
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-import configuration
 import datasets
 import evaluation
 import metrics
-import parallelism
-import reporting
 import sampling
 import sde_lib
-from runtime import startup
+from runtime import configuration, parallelism, reporting, startup
 from runtime.workdir import load_weights
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file.')

@@ -20,13 +20,11 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-import configuration
 import datasets
 import losses
-import parallelism
 import run_lib
 import sde_lib
-from runtime import startup
+from runtime import configuration, parallelism, startup
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file.')
 _STEPS = flags.DEFINE_integer('steps', 5, 'Steps to time, after two that are not.')

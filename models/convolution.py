@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero, linear_call
 
-import parallelism
+from runtime import parallelism
 
 _DIMENSION_NUMBERS = ('NHWC', 'HWIO', 'NHWC')
 _PATCH_BYTES = 2**21  # of one group of images in the weight gradient; larger falls out of cache

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from errors import UserError
 from models import convolution
+from runtime.errors import UserError
 
 Activation = Callable[[jax.Array], jax.Array]
 

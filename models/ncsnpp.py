@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from errors import UserError
 from models import layerspp
 from models.layers import (
   GaussianFourierProjection,
@@ -22,6 +21,7 @@ from models.layers import (
   rematerialized,
 )
 from models.utils import register_model
+from runtime.errors import UserError
 
 _CHOICES = {
   'resblock_type': ('ddpm', 'biggan'),

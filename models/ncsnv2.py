@@ -12,12 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from errors import UserError
 from models import refinenet
 from models.layers import compute_dtype, get_act, noise_level, rematerialized
 from models.normalization import ConditionalInstanceNorm2dPlus, get_normalization
 from models.refinenet import ncsn_conv
 from models.utils import register_model
+from runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

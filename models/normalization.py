@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from errors import UserError
 from models.layers import GroupNorm
+from runtime.errors import UserError
 
 _EPSILON = 1e-5
 

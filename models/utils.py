@@ -15,9 +15,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from errors import UserError
-from registry import Registry
 from runtime import weights
+from runtime.errors import UserError
+from runtime.registry import Registry
 from sde_lib import SDE, ScoreFn, batch_mul, default_of
 
 _MODELS = Registry('model')

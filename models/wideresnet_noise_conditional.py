@@ -10,10 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from errors import UserError
 from models import convolution
 from models.layers import GaussianFourierProjection, GroupNorm
 from models.utils import register_classifier
+from runtime.errors import UserError
 
 
 def _conv(features: int, name: str, strides: Sequence[int] = (1, 1)) -> nn.Conv:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from errors import UserError
+from runtime.errors import UserError
 
 
 def key_shape(rng: Any) -> tuple[int, ...]:

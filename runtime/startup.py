@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import logging
 
-from errors import UserError
+from runtime.errors import UserError
 
 
 def restart_with_settings() -> None:

@@ -22,14 +22,11 @@ import flax.linen as nn
 import jax
 from absl import logging
 
-import checkpoints
-import configuration
 import losses
-import parallelism
-import reporting
-from checkpoints import CheckpointReader
-from errors import UserError
 from losses import State
+from runtime import checkpoints, configuration, parallelism, reporting
+from runtime.checkpoints import CheckpointReader
+from runtime.errors import UserError
 
 try:
   import fcntl

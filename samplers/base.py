@@ -14,11 +14,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 
-import parallelism
-from errors import UserError
 from losses import State
 from models import utils as mutils
-from registry import Registry
+from runtime import parallelism
+from runtime.errors import UserError
+from runtime.registry import Registry
 from runtime.rng import key_shape
 from sde_lib import SDE, ScoreFn
 

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import parallelism
-from errors import UserError
-from registry import Registry
+from runtime import parallelism
+from runtime.errors import UserError
+from runtime.registry import Registry
 from samplers.base import Condition, Method, register_method
 from sde_lib import SDE, ScoreFn, batch_mul
 

@@ -10,9 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-import parallelism
 from losses import State
 from models import utils as mutils
+from runtime import parallelism
 from samplers import ode_solver
 from sde_lib import SDE, batch_mul
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-import parallelism
+from runtime import parallelism
 from samplers import ode_solver
 from samplers.base import Method, Sampler, get_sampler, register_method
 from samplers.predictor_corrector import ReverseDiffusionPredictor

@@ -7,7 +7,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
-from errors import UserError
+from runtime.errors import UserError
 
 # SciPy's names, which the reference's `method` arguments take, and the same methods in diffrax.
 _SCIPY = {'RK45': 'Dopri5', 'RK23': 'Bosh3', 'DOP853': 'Dopri8'}

@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-import parallelism
-from errors import UserError
+from runtime import parallelism
+from runtime.errors import UserError
 from samplers.base import (
   Corrector,
   Method,

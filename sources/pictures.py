@@ -27,7 +27,7 @@ import numpy as np
 from absl import logging
 from PIL import ExifTags, Image, ImageOps
 
-from errors import UserError
+from runtime.errors import UserError
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif')
 MAX_PIXELS = 100_000_000

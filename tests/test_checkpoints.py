@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import checkpoints
 import losses
-from checkpoints import (
+from runtime import checkpoints
+from runtime.checkpoints import (
   CheckpointDirectory,
   CheckpointReader,
   DamagedCheckpoint,
   MisfitCheckpoint,
   NonFiniteState,
 )
-from errors import UserError
+from runtime.errors import UserError
 from tests import tiny_config
 
 

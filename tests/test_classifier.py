@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from errors import UserError
 from models import utils
+from runtime.errors import UserError
 from tests import golden_values as golden
 
 SMALL = {'blocks_per_group': 1, 'channel_multiplier': 1}

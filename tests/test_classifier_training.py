@@ -4,19 +4,18 @@ import json
 import os
 import signal
 
+import classifier_training as training
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import classifier
-import classifier_training as training
-import configuration
 import datasets
 import sde_lib
-from errors import UserError
-from models import utils
+from models import classifier, utils
+from runtime import configuration
+from runtime.errors import UserError
 from runtime.workdir import check_run
 from tests import golden_values as golden
 from tests import test_train, tiny_config

@@ -5,9 +5,9 @@ import importlib
 import jax
 import pytest
 
-import configuration
 from benchmarks import table
 from models import utils
+from runtime import configuration
 
 # Numbers of parameters. The first is the published one: the PyTorch port of NCSN++ (cont.) counts
 # 62,758,915 too, with the 128 frequencies that are not trained. Ho et al. give 35.7M and 114M for

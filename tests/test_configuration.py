@@ -3,11 +3,10 @@
 import jax
 import pytest
 
-import configuration
 from configs.ve.ncsn import cifar10
 from configs.vp import mnist_ddpmpp_continuous
-from errors import UserError
-from runtime import workdir
+from runtime import configuration, workdir
+from runtime.errors import UserError
 
 BAD = [
   ('training.sde', 'vp', "Unknown SDE 'vp': choose one of .*subvpsde, vesde, vpsde"),

@@ -10,7 +10,7 @@ from PIL import Image
 
 import datasets
 from configs.vp import mnist_ddpmpp_continuous
-from errors import UserError
+from runtime.errors import UserError
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 import pytest
 
-import configuration
 import datasets
 import evaluation
 import metrics
-from errors import UserError
+from runtime import configuration
+from runtime.errors import UserError
 from tests import test_inception, tiny_config
 from tests.golden_values import assert_close, load
 from tests.test_import import write_pth

@@ -10,17 +10,17 @@ import jax
 import numpy as np
 import pytest
 
-import configuration
 import datasets
 import evaluation
-import evaluation_run
 import likelihood
 import losses
 import run_lib
 import sampling
 import sde_lib
-from checkpoints import CheckpointDirectory, CheckpointReader
-from errors import UserError
+from modes import evaluate as evaluation_run
+from runtime import configuration
+from runtime.checkpoints import CheckpointDirectory, CheckpointReader
+from runtime.errors import UserError
 from tests import tiny_config
 from tests.test_train import finish, run, start, wait_for
 

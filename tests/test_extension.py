@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import configuration
 import datasets
 import losses
 import sampling
 import sde_lib
 from configs.vp import mnist_ddpmpp_continuous
 from models import utils
-from registry import Registry
+from runtime import configuration
+from runtime.registry import Registry
 
 
 @sde_lib.register_sde(name='constant_beta')

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import configuration
 import sampling
 import sde_lib
 from configs.vp import mnist_ddpmpp_continuous
-from errors import UserError
 from losses import init_state
+from runtime import configuration
+from runtime.errors import UserError
 from samplers import few_step
 from sde_lib import batch_mul
 from tests import tiny_config

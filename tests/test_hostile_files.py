@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import conversion
-import torch_file
-from errors import UserError
 from models import utils
+from modes import convert as conversion
+from runtime import torch_file
+from runtime.errors import UserError
 from tests import tiny_config
 from tests.test_classifier_training import TinyClassifier
 from tests.test_import import tensor_program, write_zip

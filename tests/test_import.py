@@ -22,17 +22,16 @@ import optax
 import pytest
 import safetensors.numpy
 
-import configuration
-import conversion
 import losses
 import run_lib
-import torch_file
-from checkpoints import CheckpointDirectory
 from configs.ve import mnist_ncsnpp_continuous
 from configs.ve.ncsnv2 import cifar10 as cifar10_ncsnv2
 from configs.vp.ddpm import cifar10 as cifar10_ddpm
-from errors import UserError
 from models import utils as mutils
+from modes import convert as conversion
+from runtime import configuration, torch_file
+from runtime.checkpoints import CheckpointDirectory
+from runtime.errors import UserError
 from tests import golden_values as golden
 from tests import tiny_config
 from tests.test_train import ROOT, command

@@ -10,8 +10,8 @@ import datasets
 import likelihood
 import sampling
 import sde_lib
-from errors import UserError
 from losses import State
+from runtime.errors import UserError
 from samplers import latents, ode_solver
 from sde_lib import batch_mul
 from tests import golden_values as golden

@@ -8,7 +8,7 @@ import pytest
 
 import losses
 from configs.vp import mnist_ddpmpp_continuous
-from errors import UserError
+from runtime.errors import UserError
 from sde_lib import VESDE, VPSDE, subVPSDE
 
 DATA_STD = 0.5

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 import metrics
-from errors import UserError
+from runtime.errors import UserError
 from tests.golden_values import load
 
 

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import configuration
 import losses
 import sampling
 import sde_lib
-from errors import UserError
 from models import layers, ncsnpp, refinenet, utils
+from runtime import configuration
+from runtime.errors import UserError
 from tests import golden_values as golden
 
 pytestmark = pytest.mark.usefixtures('quickly_compiled')

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from errors import UserError
+from runtime.errors import UserError
 from sources import pictures
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)

@@ -5,15 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import configuration
 import datasets
-import parallelism
 import run_lib
 import sde_lib
 from configs.vp import mnist_ddpmpp_continuous
-from errors import UserError
 from losses import init_state
 from models import utils
+from runtime import configuration, parallelism
+from runtime.errors import UserError
 from tests import golden_values as golden
 
 NETWORKS = [

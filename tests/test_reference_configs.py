@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-import configuration
 import sde_lib
-from errors import UserError
 from models import utils
+from runtime import configuration
+from runtime.errors import UserError
 from tests.golden_values import GOLDEN, configure
 
 RECORDED = json.loads((GOLDEN / 'configs.json').read_text())

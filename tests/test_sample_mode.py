@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import configuration
 import controllable_generation as control
 import datasets
 import run_lib
 import sampling
 import sde_lib
 from configs.default_cifar10_configs import get_default_configs
-from errors import UserError
 from losses import State
+from runtime import configuration
+from runtime.errors import UserError
 from tests import tiny_config
 
 METHODS = {

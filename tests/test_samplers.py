@@ -8,7 +8,7 @@ import pytest
 import datasets
 import sampling
 import sde_lib
-from errors import UserError
+from runtime.errors import UserError
 from sde_lib import VESDE, VPSDE, subVPSDE
 from tests import golden_values as golden
 from tests.test_sdes import RECORDED, recorded_score

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import configuration
 import controllable_generation as control
 import likelihood
 import losses
 import sampling
 import sde_lib
-from classifier import classifier_score
-from errors import UserError
 from losses import State
 from models import utils
+from models.classifier import classifier_score
+from runtime import configuration
+from runtime.errors import UserError
 from runtime.rng import key_shape
 from samplers import few_step
 from tests import tiny_config

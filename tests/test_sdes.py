@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from errors import UserError
+from runtime.errors import UserError
 from sde_lib import VESDE, VPSDE, batch_mul, subVPSDE
 from tests import golden_values as golden
 

@@ -6,10 +6,10 @@ import dataclasses
 import jax
 import pytest
 
-import configuration
 import sampling
 import sde_lib
 from configs.vp import mnist_ddpmpp_continuous
+from runtime import configuration
 from runtime.settings import read_keys
 
 

@@ -15,11 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-import checkpoints
 import losses
-import parallelism
 import run_lib
-from checkpoints import CheckpointDirectory
+from runtime import checkpoints, parallelism
+from runtime.checkpoints import CheckpointDirectory
 from tests import tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent

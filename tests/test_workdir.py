@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import classifier
-import configuration
-import conversion
 import datasets
-import reporting
 import run_lib
-from checkpoints import CheckpointReader
-from errors import UserError
+from models import classifier
+from modes import convert as conversion
+from runtime import configuration, reporting
 from runtime import workdir as workdirs
+from runtime.checkpoints import CheckpointReader
+from runtime.errors import UserError
 from tests import tiny_config
 from tests.test_train import ROOT, finish, history, start
 
@@ -336,8 +335,8 @@ def test_two_processes_of_one_run_agree_on_a_checkpoint_that_one_of_them_cannot_
   code = (
     'import pathlib, sys, jax\n'
     'jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))\n'
-    'import checkpoints, losses\n'
-    'from checkpoints import CheckpointReader, DamagedCheckpoint\n'
+    'import losses\n'
+    'from runtime.checkpoints import CheckpointReader, DamagedCheckpoint\n'
     'from tests import tiny_config\n'
     'read = CheckpointReader._read\n'
     'def broken(self, number, wanted):\n'

@@ -34,20 +34,17 @@ import numpy as np
 import tqdm
 from absl import logging
 
-import checkpoints
-import configuration
 import datasets
 import evaluation
 import likelihood
 import losses
 import metrics
-import parallelism
-import reporting
 import sampling
 import sde_lib
-from checkpoints import CheckpointReader
-from errors import UserError
 from losses import State
+from runtime import checkpoints, configuration, parallelism, reporting
+from runtime.checkpoints import CheckpointReader
+from runtime.errors import UserError
 from runtime.settings import read_keys
 from runtime.workdir import LOCATIONS, at_work, check_run, log_start, of_model
 from sde_lib import SDE

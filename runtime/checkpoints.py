@@ -25,9 +25,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-import parallelism
-from errors import UserError
 from losses import State
+from runtime import parallelism
+from runtime.errors import UserError
 from runtime.weights import enumerate_names
 
 PREFIX = 'checkpoint'

@@ -13,15 +13,13 @@ import optax
 import tqdm
 from absl import logging
 
-import configuration
 import datasets
 import losses
-import parallelism
-import reporting
 import run_lib
-from errors import UserError
 from losses import State
 from models import utils as mutils
+from runtime import configuration, parallelism, reporting
+from runtime.errors import UserError
 from runtime.workdir import FREE, at_work, check_run, log_start, record
 from sde_lib import batch_mul
 

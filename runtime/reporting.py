@@ -19,8 +19,8 @@ import tqdm
 from absl import logging
 from PIL import Image
 
-import parallelism
-from errors import UserError
+from runtime import parallelism
+from runtime.errors import UserError
 
 MAX_GRID_PIXELS = 2**24
 

@@ -24,19 +24,14 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
-import checkpoints
-import configuration
 import losses
-import parallelism
-import reporting
 import run_lib
-import torch_file
-from errors import UserError
 from losses import State
 from models import utils as mutils
-from registry import Registry
-from runtime import weights
+from runtime import checkpoints, configuration, parallelism, reporting, torch_file, weights
 from runtime import workdir as workdirs
+from runtime.errors import UserError
+from runtime.registry import Registry
 from runtime.weights import Arrays, enumerate_names
 from runtime.workdir import at_work, check_run, load_weights, log_start, record
 

@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from errors import UserError
 from models import utils as mutils
 from models.utils import LogitFn
+from runtime.errors import UserError
 from sde_lib import SDE, batch_mul
 
 PyTree = Any

@@ -14,8 +14,8 @@ import losses
 import sampling
 import sde_lib
 from configs.default_cifar10_configs import get_default_configs
-from errors import UserError
 from models import utils as mutils
+from runtime.errors import UserError
 
 # Keys of the reference's configurations that nothing reads, and the one value that they may have:
 # any other would be ignored without a word.

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from errors import UserError
+from runtime.errors import UserError
 
 
 class Registry:

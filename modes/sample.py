@@ -24,15 +24,13 @@ import numpy as np
 import tqdm
 from absl import logging
 
-import configuration
 import controllable_generation
 import datasets
-import parallelism
-import reporting
 import sampling
 import sde_lib
-from errors import UserError
 from losses import State
+from runtime import configuration, parallelism, reporting
+from runtime.errors import UserError
 from runtime.settings import read_keys
 from runtime.workdir import LOCATIONS, at_work, differences, load_weights, of_model, read_json
 from sde_lib import SDE
