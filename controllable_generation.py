@@ -24,13 +24,12 @@ import numpy as np
 import scipy.fft
 
 import sampling
-from losses import State
-from models import utils as mutils
-from models.classifier import classifier_score, load_classifier
+from models.classifier import classifier_score, get_logit_fn, load_classifier
 from runtime.errors import UserError
 from runtime.registry import Registry
 from sampling import Condition, Corrector, Predictor
 from sde_lib import SDE, batch_mul
+from train_state import State
 
 Transform = Callable[[jax.Array], jax.Array]
 Scaler = Callable[[jax.Array], jax.Array]
@@ -511,7 +510,7 @@ def get_pc_conditional_sampler(
   Args:
     sde: the forward SDE.
     score_model: the score network.
-    classifier: a noise-conditional classifier, see `models.utils.create_classifier`.
+    classifier: a noise-conditional classifier, see `models.classifier.create_classifier`.
     classifier_params: its parameters.
     shape: (B, H, W, C) over all devices.
     predictor: as the arguments that follow, of `sampling.get_pc_sampler`.
@@ -525,7 +524,7 @@ def get_pc_conditional_sampler(
     eps: the last time.
     scale: of the guidance.
   """
-  logit_fn = mutils.get_logit_fn(classifier, classifier_params)
+  logit_fn = get_logit_fn(classifier, classifier_params)
   class_score = classifier_score(sde, logit_fn, inverse_scaler)
   settings = snr, n_steps, probability_flow, continuous, denoise, eps
   sampler = _pc_sampler_of_any_batch(

@@ -20,7 +20,6 @@ differs wherever the examples do, guards a run, which refuses to resume on data 
 import dataclasses
 import functools
 import hashlib
-import inspect
 import itertools
 import os
 import pathlib
@@ -37,8 +36,8 @@ from runtime.errors import UserError
 from runtime.registry import Registry
 from sources import pictures
 
-_DATASETS = Registry('data set')
-register_dataset = _DATASETS.register
+DATASETS = Registry('data set')
+register_dataset = DATASETS.register
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 
@@ -241,21 +240,13 @@ def get_source(config: Any, split: str) -> Source:
   """
   if split not in ('train', 'test'):
     raise UserError(f"There is no split {split!r}: use 'train' or 'test'.")
-  make = _DATASETS.get(config.data.dataset)
-  extra = {key: config.data[key] for key in extra_keys(config.data.dataset) if key in config.data}
-  source = make(config, split, **extra)
+  source = DATASETS.build(config.data.dataset, config.data, config, split)
   if not len(source):
     raise UserError(
       f'The split {split!r} of the data set {config.data.dataset} is empty: give it an example.'
     )
   _check_image(source[0]['image'], config)
   return source
-
-
-def extra_keys(name: str) -> list[str]:
-  """Keys of `config.data` that only this data set reads: its keyword-only parameters."""
-  parameters = inspect.signature(_DATASETS.get(name)).parameters.values()
-  return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def check_batch_size(batch_size: int, field: str) -> None:

@@ -12,27 +12,21 @@ beside the name of the data that it was compared with.
 import dataclasses
 import functools
 import hashlib
-import math
 import os
 import pathlib
-import struct
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
-from absl import logging
+from ml_collections import ConfigDict
 
 import datasets
 import metrics
 from models import inception
-from models import utils as mutils
-from runtime import parallelism, reporting, torch_file
+from models.classifier import load_classifier
+from runtime import npz_file, parallelism, torch_file
 from runtime.errors import UserError
 from runtime.registry import Registry
 
@@ -51,32 +45,12 @@ _INCEPTION_URL = (
 MNIST5K_FILE = datasets.ASSETS / 'mnist5k_classifier.safetensors'
 
 _PRECISION_RECALL_SAMPLES = 10_000  # more cost the square of their number
-_SIGMA_MAX_BYTES = 2**28  # of the images that are compared
-_BLOCK = 4096  # rows of features that moments take in at a time
-_DEFLATE = 1032  # how many times smaller deflate makes a file at most
 
 # What a file of statistics may have; `floor_...` besides.
 _MATRICES = ('mu', 'sigma', 'pool_3')
 _WHOLE = ('count', 'made_image_size', 'made_num_channels')
 _TEXTS = tuple(
   f'made_{name}' for name in ('extractor', 'scaling', 'fingerprint', 'dataset', 'split', 'checksum')
-)
-_NPY_HEADERS = {
-  (1, 0): np.lib.format.read_array_header_1_0,
-  (2, 0): np.lib.format.read_array_header_2_0,
-}
-
-# What zipfile, zlib and NumPy raise for a damaged .npz file, or one that is something else.
-UNREADABLE = (
-  OSError,
-  ValueError,
-  EOFError,
-  KeyError,
-  RuntimeError,
-  struct.error,
-  tokenize.TokenError,
-  zlib.error,
-  zipfile.BadZipFile,
 )
 
 
@@ -146,7 +120,7 @@ class Extractor:
     return {key: np.concatenate([p[key] for p in parts])[: len(images)] for key in parts[0]}
 
 
-def get_extractor(config: Any) -> Extractor:
+def get_extractor(config: ConfigDict) -> Extractor:
   """The extractor that `config.eval.extractor` names.
 
   Raises:
@@ -156,13 +130,13 @@ def get_extractor(config: Any) -> Extractor:
 
 
 @register_extractor(name='inception')
-def _inception(config: Any) -> Extractor:
+def _inception(config: ConfigDict) -> Extractor:
   """The FID Inception network as the paper's evaluation fed it, (x - 127.5) / 127.5."""
   return get_inception_model(config.eval.inception_path)
 
 
 @register_extractor(name='inception_ttur')
-def _inception_ttur(config: Any) -> Extractor:
+def _inception_ttur(config: ConfigDict) -> Extractor:
   """The FID Inception network as the FID's authors fed it, (x - 128) / 128."""
   return get_inception_model(config.eval.inception_path, 'ttur')
 
@@ -219,35 +193,32 @@ def inception_extractor(params: PyTree, scaling: str, fingerprint: str) -> Extra
 
 
 @register_extractor(name='mnist5k')
-def _mnist5k(config: Any) -> Extractor:
+def _mnist5k(config: ConfigDict) -> Extractor:
   """The classifier of the digits of MNIST5K that comes with this repository, told of least noise.
 
   Raises:
     UserError: for images of another shape.
   """
-  _, info = mutils.read_classifier_file(MNIST5K_FILE)
-  classifier, params = mutils.create_classifier(jax.random.PRNGKey(0), 1, MNIST5K_FILE)
+  trained = load_classifier(MNIST5K_FILE)
   data = config.data
   shape = (data.image_size, data.image_size, data.num_channels)
-  if shape != tuple(info['image_shape']):
+  if shape != trained.image_shape:
     raise UserError(
-      f"eval.extractor='mnist5k' knows images of shape {tuple(info['image_shape'])}, not {shape}: "
+      f"eval.extractor='mnist5k' knows images of shape {trained.image_shape}, not {shape}: "
       f"use 'inception'."
     )
 
   def forward(params, images):
-    arguments = {'params': params}, images / 255.0, jnp.full(len(images), info['sigma_min'])
-    return {
-      'pool_3': classifier.apply(*arguments, method='features'),
-      'logits': classifier.apply(*arguments, train=False),
-    }
+    network = dataclasses.replace(trained, params=params)
+    images, clean = images / 255.0, jnp.zeros(len(images))
+    return {'pool_3': network.features(images, clean), 'logits': network.logits(images, clean)}
 
   return Extractor(
     name='mnist5k',
     scaling='unit',
     fingerprint=_sha256(MNIST5K_FILE),
-    num_features=64 * classifier.channel_multiplier,
-    params=params,
+    num_features=64 * trained.module.channel_multiplier,
+    params=trained.params,
     forward=forward,
     batch_size=50,
   )
@@ -281,27 +252,27 @@ class DatasetStats:
     return hashlib.sha256(self.mean.tobytes() + self.covariance.tobytes()).hexdigest()[:16]
 
 
-def default_stats_path(config: Any) -> pathlib.Path:
+def default_stats_path(config: ConfigDict) -> pathlib.Path:
   """`assets/stats/<data set>_<size>_<split>_<extractor>.npz`, in small letters."""
   parts = [*_dataset_names(config), str(config.data.image_size)]
   parts += [config.eval.stats_split, config.eval.extractor]
   return datasets.ASSETS / 'stats' / ('_'.join(parts).lower() + '.npz')
 
 
-def _dataset_names(config: Any) -> list[str]:
+def _dataset_names(config: ConfigDict) -> list[str]:
   """The name of the data set, then of its folder or category, if it has one."""
   data = config.data
   names = data.dataset, pathlib.Path(data.path).name, data.get('category', '')
   return [name for name in names if name]
 
 
-def stats_path(config: Any) -> pathlib.Path:
+def stats_path(config: ConfigDict) -> pathlib.Path:
   """Where the statistics are, or will be."""
   path = config.eval.stats_path
   return pathlib.Path(path).expanduser() if path else default_stats_path(config)
 
 
-def load_dataset_stats(config: Any, extractor: Extractor) -> DatasetStats:
+def load_dataset_stats(config: ConfigDict, extractor: Extractor) -> DatasetStats:
   """The statistics that `config.eval.stats_path` names.
 
   Reads what `--mode=stats` writes, the activations of the 2021 code (`pool_3`), and the means and
@@ -321,8 +292,8 @@ def load_dataset_stats(config: Any, extractor: Extractor) -> DatasetStats:
       f'configuration, or give a file as --config.eval.stats_path.'
     )
   try:
-    stats = _read_stats(_load_arrays(path), path.name)
-  except UNREADABLE as error:
+    stats = _read_stats(npz_file.load_arrays(path, _wanted_arrays), path.name)
+  except npz_file.UNREADABLE as error:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(
       f'{path} cannot be read as statistics of the data ({reason}): make them again with '
@@ -332,37 +303,13 @@ def load_dataset_stats(config: Any, extractor: Extractor) -> DatasetStats:
   return stats
 
 
-def _load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of a file that statistics are made of; what else it has is not looked at.
-
-  Raises:
-    ValueError, or another of `UNREADABLE`: if the file is damaged or something else.
-  """
-  with zipfile.ZipFile(path) as archive:
-    names = [name[:-4] for name in archive.namelist() if name.endswith('.npy')]
-    known = (*_MATRICES, *_WHOLE, *_TEXTS)
-    wanted = [name for name in names if name in known or name.startswith('floor_')]
-    if not ({'mu', 'sigma'} <= set(wanted) or 'pool_3' in wanted):
-      raise ValueError(f'it has {names[:10]}, but neither pool_3 nor mu and sigma')
-    longest = _DEFLATE * path.stat().st_size
-    return {name: _load_array(archive, name, longest) for name in wanted}
-
-
-def _load_array(archive: zipfile.ZipFile, name: str, longest: int) -> np.ndarray:
-  """One array; its length is checked first, or a header could ask for any amount of memory."""
-  entry = archive.getinfo(f'{name}.npy')
-  with archive.open(entry) as file:
-    read_header = _NPY_HEADERS.get(np.lib.format.read_magic(file))
-    if read_header is None:
-      raise ValueError(f'{name} is of a newer format than that of numeric arrays')
-    shape, _, dtype = read_header(file)
-    if dtype.hasobject:
-      raise ValueError(f'{name} holds Python objects')
-    length = file.tell() + dtype.itemsize * math.prod(shape)
-    if length != entry.file_size or length > longest:
-      raise ValueError(f'{name} is shorter or longer than its shape {shape} says')
-    file.seek(0)
-    return np.lib.format.read_array(file, allow_pickle=False)
+def _wanted_arrays(names: list[str]) -> list[str]:
+  """Those of a file that statistics are made of."""
+  known = (*_MATRICES, *_WHOLE, *_TEXTS)
+  wanted = [name for name in names if name in known or name.startswith('floor_')]
+  if not ({'mu', 'sigma'} <= set(wanted) or 'pool_3' in wanted):
+    raise ValueError(f'it has {names[:10]}, but neither pool_3 nor mu and sigma')
+  return wanted
 
 
 def _read_stats(arrays: dict[str, np.ndarray], file_name: str) -> DatasetStats:
@@ -422,9 +369,9 @@ def _scalar(name: str, array: np.ndarray) -> Any:
 
 
 def _check_stats(
-  stats: DatasetStats, path: pathlib.Path, config: Any, extractor: Extractor
+  stats: DatasetStats, path: pathlib.Path, config: ConfigDict, extractor: Extractor
 ) -> None:
-  made, wanted = stats.made, _made(config, extractor)
+  made, wanted = stats.made, provenance(config, extractor)
   wanted.pop('checksum')
   differing = [
     f'{key} (there {made.get(key)!r}, here {wanted[key]!r})'
@@ -441,7 +388,7 @@ def _check_stats(
     )
 
 
-def _made(config: Any, extractor: Extractor, checksum: str = '') -> dict[str, Any]:
+def provenance(config: ConfigDict, extractor: Extractor, checksum: str = '') -> dict[str, Any]:
   """See `DatasetStats`."""
   data = config.data
   return {
@@ -454,105 +401,6 @@ def _made(config: Any, extractor: Extractor, checksum: str = '') -> dict[str, An
     'num_channels': data.num_channels,
     'checksum': checksum,
   }
-
-
-def write_stats(config: Any) -> pathlib.Path:
-  """Makes the statistics of `eval.stats_split`: each image once, as it is, in grey levels.
-
-  Features are kept in memory only if they are to be in the file; so are, for `sigma_max`, at most
-  256 MiB of training images. Returns where the statistics are.
-
-  Raises:
-    UserError: if the weights or the data are not there, or the file cannot be written.
-  """
-  path = stats_path(config)
-  _check_stats_settings(config, path)
-  extractor = get_extractor(config)
-  size, split = extractor.global_batch_size(), config.eval.stats_split
-  source = datasets.get_source(config, split)
-  if len(source) < 2:
-    raise UserError(
-      f'The split {split!r} of {config.data.dataset} has {len(source)} images, and fewer than two '
-      f'have no covariance: set eval.stats_split, or data.path, to more.'
-    )
-  dataset = datasets.Dataset(source, size, config.seed, False, lambda rng, x: x)
-
-  digest, images = hashlib.sha256(), TrainingImages(config, source) if split == 'train' else None
-  features = _Features(extractor.num_features, len(source), config.eval.stats_features)
-  for i, batch in enumerate(tqdm.tqdm(dataset.once(), 'statistics', len(dataset), disable=None)):
-    batch = parallelism.global_batch(batch['image'])
-    pixels = parallelism.to_host(batch)[: dataset.count(i)]
-    digest.update(pixels.tobytes())
-    features.add(extractor.extract_global(batch)['pool_3'][: len(pixels)])
-    if images is not None:
-      images.add(i * size, pixels)
-  features.finish()
-  moments = features.moments
-  floor = real_floor(extractor.name, features.halves, features.pool_3)
-  arrays = {'mu': moments.mean, 'sigma': moments.covariance(), 'count': moments.count}
-  arrays |= {f'made_{k}': v for k, v in _made(config, extractor, digest.hexdigest()).items()}
-  arrays |= {f'floor_{k}': v for k, v in floor.items()}
-  if features.pool_3 is not None:
-    arrays['pool_3'] = features.pool_3
-  if jax.process_index() == 0:
-    reporting.write_npz(path, **arrays)
-  logging.info('%d images of %s: %s', moments.count, config.data.dataset, path)
-  for name, value in floor.items():
-    logging.info('one half of them compared with the other, %s: %.6g', name, value)
-  if config.eval.sigma_max_images:
-    logging.info('%s', images.sigma_max_line() if images else sigma_max_line(config))
-  return path
-
-
-def _check_stats_settings(config: Any, path: pathlib.Path) -> None:
-  """Raises `UserError` for what --mode=stats cannot do."""
-  settings = config.eval
-  if settings.stats_split not in ('train', 'test'):
-    raise UserError(f"eval.stats_split={settings.stats_split!r} must be 'train' or 'test'.")
-  if settings.sigma_max_images < 0 or settings.sigma_max_images == 1:
-    raise UserError(
-      f'eval.sigma_max_images={settings.sigma_max_images} must be 2 or more, or 0 to leave '
-      f'sigma_max out.'
-    )
-  if path.is_dir():
-    raise UserError(f'eval.stats_path={path} is a folder: give the name of a file in it.')
-  reporting.check_writable(path.parent, 'eval.stats_path')
-
-
-class _Features:
-  """What is made of features that arrive in batches.
-
-  Args:
-    dim: number of features.
-    count: how many rows will come.
-    keep: whether to keep them.
-
-  Attributes:
-    moments: of all.
-    halves: moments of every second row, and of the others.
-    pool_3: all rows, or None.
-  """
-
-  def __init__(self, dim: int, count: int, keep: bool):
-    self.moments, self.halves = metrics.Moments(dim), (metrics.Moments(dim), metrics.Moments(dim))
-    self.pool_3 = np.empty((count, dim), np.float32) if keep else None
-    self._waiting: list[np.ndarray] = []  # many rows at a time cost little more than one
-
-  def add(self, pool_3: np.ndarray) -> None:
-    self._waiting.append(pool_3)
-    if sum(map(len, self._waiting)) >= _BLOCK:
-      self.finish()
-
-  def finish(self) -> None:
-    """Takes in what waits; call it after the last batch."""
-    if not self._waiting:
-      return
-    rows, self._waiting, start = np.concatenate(self._waiting), [], self.moments.count
-    self.moments.add(rows)
-    for k, half in enumerate(self.halves):
-      half.add(rows[(start + k) % 2 :: 2])
-    if self.pool_3 is not None:
-      self.pool_3[start : self.moments.count] = rows
 
 
 def sample_metrics(
@@ -639,80 +487,3 @@ class _Names:
   def __call__(self, metric: str) -> str:
     count = f'{self.count // 1000}k' if self.count % 1000 == 0 else str(self.count)
     return f'{metric}_{self.extractor}_{count}'
-
-
-class TrainingImages:
-  """A seeded sample of the training images in memory: all, if `sigma_max` may look at so many.
-
-  Args:
-    config: reads `eval.sigma_max_images`, `seed` and `data`.
-    source: the training images.
-  """
-
-  def __init__(self, config: Any, source: datasets.Source):
-    shape = (config.data.image_size, config.data.image_size, config.data.num_channels)
-    count = min(len(source), config.eval.sigma_max_images, _SIGMA_MAX_BYTES // math.prod(shape))
-    rng = np.random.RandomState(config.seed)
-    self._source, self._scaler = source, datasets.get_data_scaler(config)
-    self._chosen = np.sort(rng.permutation(len(source))[:count])
-    self._pixels = np.empty((count, *shape), np.uint8)
-
-  def add(self, start: int, images: np.ndarray) -> None:
-    """Keeps those of images number `start`, `start` + 1, ... that are in the sample."""
-    first, last = np.searchsorted(self._chosen, (start, start + len(images)))
-    self._pixels[first:last] = images[self._chosen[first:last] - start]
-
-  def read(self) -> 'TrainingImages':
-    """Reads the sample, and nothing else, from the source; returns itself."""
-    for i in tqdm.tqdm(self._chosen, 'images for sigma_max', disable=None):
-      self.add(i, self._source[int(i)]['image'][None])
-    return self
-
-  def sigma_max_line(self) -> str:
-    """The line of a configuration that sets `sigma_max` for these images."""
-    low, high = self._scaler(0.0), self._scaler(1.0)
-    distance = largest_distance(self._pixels) / 255 * (high - low)
-    count, total = len(self._chosen), len(self._source)
-    whole = count == total
-    return (
-      f'config.model.sigma_max = {distance:.4g}  # largest distance between '
-      f'{count if whole else f"{count} of {total}"} training images in [{low:g}, {high:g}]'
-      f'{"" if whole else "; that of all may be larger"}'
-    )
-
-
-def sigma_max_line(config: Any) -> str:
-  """The line of a configuration that sets `sigma_max` for its training images."""
-  return TrainingImages(config, datasets.get_source(config, 'train')).read().sigma_max_line()
-
-
-def largest_distance(images: np.ndarray, block_bytes: int = 2**26) -> float:
-  """The largest Euclidean distance between two of uint8 `images` (N, ...), in grey levels.
-
-  All pairs, in blocks of `block_bytes` against blocks on the devices.
-  """
-  pixels = images.reshape(len(images), -1)
-  size = max(1, min(len(pixels), block_bytes // (4 * pixels.shape[1])))
-
-  @jax.jit
-  def farthest(x, y):
-    x, y = (a.astype(jnp.float32) - 127.5 for a in (x, y))
-    product = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
-    squares = (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * product
-    i = jnp.argmax(squares)
-    return squares.reshape(-1)[i], i
-
-  def block(start):
-    rows = pixels[start : start + size]
-    return np.concatenate([rows, rows[:1].repeat(size - len(rows), 0)])  # one shape for all
-
-  starts = range(0, len(pixels), size)
-  best, pair = -1.0, (0, 0)
-  for a in tqdm.tqdm(starts, 'sigma_max', disable=None):
-    x = block(a)
-    for b in range(a, len(pixels), size):
-      square, i = farthest(x, block(b))
-      if square > best:
-        best, pair = square, (a + int(i) // size, b + int(i) % size)
-  x, y = (np.float64(pixels[i if i < len(pixels) else i - i % size]) for i in pair)
-  return float(np.sqrt(((x - y) ** 2).sum()))

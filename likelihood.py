@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from losses import State
 from models import utils as mutils
 from runtime import parallelism
 from runtime.errors import UserError
 from runtime.registry import Registry
 from samplers import ode_solver
 from sde_lib import SDE
+from train_state import State
 
 Drift = Callable[[jax.Array], jax.Array]
 Divergence = Callable[[Drift, jax.Array], tuple[jax.Array, jax.Array]]

@@ -1,129 +1,38 @@
-"""Training objectives, the optimizer, and one training or evaluation step.
+"""Training objectives, and one training or evaluation step.
 
 Every loss function has the form `loss_fn(rng, params, states, batch) -> (loss, new states)`, where
 `batch` is {'image': (B, H, W, C)} in the range that the network expects; evaluation adds
 {'weight': (B,)}, zero for examples that do not count.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
+from ml_collections import ConfigDict
 
 from models import utils as mutils
 from runtime.errors import UserError
-from runtime.registry import Registry
 from sde_lib import SDE, VESDE, VPSDE, batch_mul
+from train_state import State, get_optimizer, optimization_manager, register_optimizer
+
+__all__ = [
+  'State',
+  'build_step_fn',
+  'get_ddpm_loss_fn',
+  'get_discrete_loss_fn',
+  'get_optimizer',
+  'get_sde_loss_fn',
+  'get_smld_loss_fn',
+  'get_step_fn',
+  'optimization_manager',
+  'register_optimizer',
+]
 
 PyTree = Any
 LossFn = Callable[[jax.Array, PyTree, PyTree, dict[str, jax.Array]], tuple[jax.Array, PyTree]]
-
-_OPTIMIZERS = Registry('optimizer')
-register_optimizer = _OPTIMIZERS.register
-
-
-@flax.struct.dataclass
-class State:
-  """Everything that training changes.
-
-  Attributes:
-    step: optimizer steps taken.
-    params: parameters.
-    params_ema: their exponential moving average; sampling and evaluation use these.
-    opt_state: moments and counters of the optimizer.
-    model_state: mutable collections of the network.
-    ema_rate: decay of the moving average per step.
-  """
-
-  step: jax.Array
-  params: PyTree
-  params_ema: PyTree
-  opt_state: PyTree
-  model_state: PyTree
-  ema_rate: float = flax.struct.field(pytree_node=False, default=0.9999)
-
-
-def init_state(rng: jax.Array, config: Any) -> tuple[nn.Module, State]:
-  """The network that `config` describes and the state that training starts from."""
-  model, model_state, params = mutils.init_model(rng, config)
-  return model, first_state(config, model_state, params)
-
-
-def abstract_state(config: Any) -> tuple[nn.Module, State]:
-  """What `init_state` returns, with shapes in place of arrays."""
-  model, model_state, params = mutils.abstract_model(config)
-  return model, jax.eval_shape(functools.partial(first_state, config), model_state, params)
-
-
-def first_state(config: Any, model_state: PyTree, params: PyTree) -> State:
-  """The state that training starts from, with these parameters."""
-  return State(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    params_ema=jax.tree.map(jnp.copy, params),
-    opt_state=get_optimizer(config).init(params),
-    model_state=model_state,
-    ema_rate=config.model.ema_rate,
-  )
-
-
-@register_optimizer(name='Adam')
-def adam(learning_rate: optax.Schedule, optim: Any) -> optax.GradientTransformation:
-  """Adam with decoupled weight decay."""
-  return optax.adamw(
-    learning_rate, b1=optim.beta1, b2=0.999, eps=optim.eps, weight_decay=optim.weight_decay
-  )
-
-
-@register_optimizer(name='AdamW')
-def adamw(learning_rate: optax.Schedule, optim: Any) -> optax.GradientTransformation:
-  """Adam with decoupled weight decay of the kernels: no biases, scales or Fourier frequencies."""
-  return optax.adamw(
-    learning_rate,
-    b1=optim.beta1,
-    b2=0.999,
-    eps=optim.eps,
-    weight_decay=optim.weight_decay,
-    mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-  )
-
-
-def get_optimizer(config: Any) -> optax.GradientTransformation:
-  """Gradient clipping, then the configured optimizer with linear warm-up of its learning rate.
-
-  The learning rate of step k, counted from 0, is lr min(k / warmup, 1).
-  """
-  optim = config.optim
-  make = _OPTIMIZERS.get(optim.optimizer)
-  schedule = optax.constant_schedule(optim.lr)
-  if optim.warmup > 0:
-    schedule = optax.linear_schedule(0.0, optim.lr, optim.warmup)
-  clip = optax.identity()
-  if optim.grad_clip >= 0:
-    clip = optax.clip_by_global_norm(optim.grad_clip)
-  return optax.chain(clip, make(schedule, optim))
-
-
-def optimization_manager(config: Any) -> Callable[[State, PyTree], State]:
-  """The function `optimize_fn(state, grad) -> state` that moves parameters, EMA and step by one."""
-  optimizer = get_optimizer(config)
-
-  def optimize_fn(state: State, grad: PyTree) -> State:
-    updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    # In single precision, so that the two weights add up to one exactly.
-    rate = jnp.asarray(state.ema_rate, jnp.float32)
-    params_ema = jax.tree.map(lambda e, p: e * rate + p * (1 - rate), state.params_ema, params)
-    return state.replace(
-      step=state.step + 1, params=params, params_ema=params_ema, opt_state=opt_state
-    )
-
-  return optimize_fn
 
 
 def _reduce(squares: jax.Array, reduce_mean: bool) -> jax.Array:
@@ -275,7 +184,7 @@ def get_step_fn(
 
 
 def build_step_fn(
-  config: Any, sde: SDE, model: nn.Module, train: bool
+  config: ConfigDict, sde: SDE, model: nn.Module, train: bool
 ) -> Callable[[tuple[jax.Array, State], dict[str, jax.Array]], tuple]:
   """`get_step_fn` as `config.training` and `config.optim` ask."""
   training = config.training

@@ -118,8 +118,6 @@ def main(argv: list[str]) -> None:
   import jax
 
   import run_lib
-  from modes import convert as conversion
-  from modes import train_classifier as classifier_training
   from runtime.errors import UserError
 
   config, workdir, checkpoint = _CONFIG.value, _WORKDIR.value, _CHECKPOINT.value
@@ -128,9 +126,9 @@ def main(argv: list[str]) -> None:
     'sample': lambda: run_lib.sample(config, workdir, _CHECKPOINT_NUMBER.value),
     'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
     'stats': lambda: run_lib.make_stats(config),
-    'train_classifier': lambda: classifier_training.train_classifier(config, workdir),
-    'import': lambda: conversion.import_checkpoint(config, workdir, checkpoint),
-    'export': lambda: conversion.export_checkpoint(
+    'train_classifier': lambda: run_lib.train_classifier(config, workdir),
+    'import': lambda: run_lib.import_checkpoint(config, workdir, checkpoint),
+    'export': lambda: run_lib.export_checkpoint(
       config, workdir, checkpoint, _CHECKPOINT_NUMBER.value
     ),
   }

@@ -24,8 +24,8 @@ from runtime.registry import Registry
 
 ScoreFn = Callable[[jax.Array, jax.Array], jax.Array]
 
-_SDES = Registry('SDE')
-register_sde = _SDES.register
+SDES = Registry('SDE', keys={'N': 'num_scales'})
+register_sde = SDES.register
 
 
 def batch_mul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -412,31 +412,13 @@ def _check_steps(sde: SDE) -> None:
     raise UserError(f'{type(sde).__name__} needs at least one step, got N={sde.N}.')
 
 
-def sde_fields(name: str) -> dict[str, Any]:
-  """The keys of `config.model` that the SDE registered as `name` reads, with their defaults."""
-  fields = dataclasses.fields(_SDES.get(name))
-  return {'num_scales' if f.name == 'N' else f.name: default_of(f) for f in fields}
-
-
-def all_sde_fields() -> set[str]:
-  """The keys that any registered SDE reads."""
-  return set().union(*(sde_fields(name) for name in _SDES.names()))
-
-
-def default_of(field: dataclasses.Field) -> Any:
-  """The default of a dataclass field; None where there is none."""
-  return None if field.default is dataclasses.MISSING else field.default
-
-
 def get_sde(config: Any) -> SDE:
   """The SDE that `config.training.sde` names, its fields read from `config.model`.
 
-  A field of the class is taken from the key of the same name (`N` from `num_scales`); one that
+  Each field of the class is taken from the key of the same name (`N` from `num_scales`); one that
   the configuration lacks keeps its default.
 
   Raises:
     UserError: for an unknown name or values that the SDE refuses.
   """
-  cls = _SDES.get(config.training.sde)
-  keys = [key for key in sde_fields(config.training.sde) if key in config.model]
-  return cls(**{'N' if key == 'num_scales' else key: config.model[key] for key in keys})
+  return SDES.build(config.training.sde, config.model)

@@ -17,11 +17,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import datasets
-import losses
 import sampling
 import sde_lib
+import train_state
 from models import utils as mutils
-from runtime import configuration, parallelism, startup
+from modes.preparation import prepare
+from runtime import parallelism, startup
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file.')
 _CALLS = flags.DEFINE_integer('calls', 20, 'Network calls in a run.')
@@ -32,13 +33,13 @@ def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
   startup.start_jax(_CONFIG.value)
-  config = configuration.prepare(_CONFIG.value)
+  config = prepare(_CONFIG.value)
   euler = {'method': 'pc', 'predictor': 'euler_maruyama', 'corrector': 'none'}
   config.sampling.update({**euler, 'n_steps': _CALLS.value})
   sde = sde_lib.get_sde(config)
   data = config.data
   shape = (config.training.batch_size, data.image_size, data.image_size, data.num_channels)
-  model, state = losses.init_state(jax.random.PRNGKey(0), config)
+  model, state = train_state.init_state(jax.random.PRNGKey(0), config)
   state = parallelism.replicate(state)
   inverse_scaler = datasets.get_data_inverse_scaler(config)
   sampler = sampling.get_sampling_fn(config, sde, model, shape, inverse_scaler)

@@ -22,8 +22,9 @@ import evaluation
 import metrics
 import sampling
 import sde_lib
-from runtime import configuration, parallelism, reporting, startup
-from runtime.workdir import load_weights
+from modes.loading import load_weights
+from modes.preparation import prepare
+from runtime import parallelism, reporting, startup
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'A run with a checkpoint.')
@@ -92,7 +93,7 @@ def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
   startup.start_jax(_CONFIG.value)
-  base = configuration.prepare(_CONFIG.value)
+  base = prepare(_CONFIG.value)
   sde = sde_lib.get_sde(base)
   model, state = load_weights(base, pathlib.Path(_WORKDIR.value).expanduser())
   extractor = evaluation.get_extractor(base)
@@ -118,7 +119,7 @@ def main(argv: list[str]) -> None:
     for settings in ROWS[name]:
       config = base.copy_and_resolve_references()
       config.sampling.update(settings)
-      config = configuration.prepare(config)
+      config = prepare(config)
       result = measure(config, sde, model, state, distance)
       add({'name': name, **settings, **result})
   if _PLOT.value:

@@ -21,10 +21,11 @@ from absl import app, flags
 from ml_collections import config_flags
 
 import datasets
-import losses
-import run_lib
 import sde_lib
-from runtime import configuration, parallelism, startup
+import train_state
+from modes import train as train_mode
+from modes.preparation import prepare
+from runtime import parallelism, startup
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file.')
 _STEPS = flags.DEFINE_integer('steps', 5, 'Steps to time, after two that are not.')
@@ -60,18 +61,18 @@ def gemm_peak(size: int = 2048) -> float:
 def main(argv: list[str]) -> None:
   del argv
   startup.start_jax(_CONFIG.value)
-  config = configuration.prepare(_CONFIG.value)
+  config = prepare(_CONFIG.value)
   batch_size = config.training.batch_size
   train_ds, _, _ = datasets.get_dataset(config)
   sde = sde_lib.get_sde(config)
-  model, state = losses.init_state(jax.random.PRNGKey(config.seed), config)
+  model, state = train_state.init_state(jax.random.PRNGKey(config.seed), config)
   forward = jax.jit(lambda p, x, t: model.apply({'params': p}, x, t, train=False))
   image = jnp.zeros((batch_size, *train_ds.source[0]['image'].shape))
   analysis = forward.lower(state.params, image, jnp.ones(batch_size)).cost_analysis()
   step_flop = 3 * analysis['flops']
 
   state = parallelism.replicate(state)  # as training does: else the second step compiles again
-  train_step = run_lib.compile_train_step(config, sde, model, train_ds.preprocess)
+  train_step = train_mode.compile_train_step(config, sde, model, train_ds.preprocess)
   batches = train_ds.iterate()
   input_times, step_times, peaks = [], [], []
   for step in range(_STEPS.value + 2):

@@ -1,126 +1,16 @@
-"""Defaults of the CIFAR-10 experiments; every other default file starts from these."""
+"""Defaults of the CIFAR-10 experiments."""
 
 import ml_collections
 
+from configs import defaults
+
 
 def get_default_configs() -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict()
-  config.seed = 42
+  config = defaults.get_default_configs()
 
-  config.training = training = ml_collections.ConfigDict()
-  training.sde = 'vpsde'
-  training.batch_size = 128  # over all devices
-  training.n_iters = 1300001
-  training.snapshot_freq = 50000  # steps between the checkpoints that are kept
-  training.snapshot_freq_for_preemption = 10000  # steps between the saves that resume starts from
-  training.snapshot_sampling = True  # draw samples with every kept checkpoint
-  training.log_freq = 50
-  training.eval_freq = 100
-  training.n_jitted_steps = 5  # steps in one compiled call; must divide the four frequencies
-  training.continuous = True
-  training.likelihood_weighting = False
-  training.reduce_mean = False  # per-pixel mean of the loss; else half the sum
-
-  config.sampling = sampling = ml_collections.ConfigDict()
-  sampling.method = 'pc'  # or 'ode', 'heun', 'ddim', 'dpm_solver++'
-  sampling.predictor = 'euler_maruyama'
-  sampling.corrector = 'none'
-  # Updates, whatever the method ('ode' chooses its own); with noise_removal the last is denoising.
-  sampling.n_steps = 0  # 0 takes model.num_scales
-  sampling.time_grid = 'edm'  # of the few-step methods: 'edm', 'logsnr' or 'uniform'
-  sampling.rho = 7.0  # exponent of the grid 'edm'
-  sampling.eta = 0.0  # new noise in ddim and dpm_solver++, from 0 (the flow) to 1 (the SDE)
-  sampling.churn = 0.0  # noise that heun adds and removes again
-  sampling.n_steps_each = 1  # corrector steps after each predictor step
-  sampling.noise_removal = True  # return the mean of the last step
-  sampling.probability_flow = False
-  sampling.snr = 0.16  # signal-to-noise ratio of the corrector
-  sampling.ode_solver = 'RK45'  # of method='ode'; or RK23, DOP853, a name of diffrax
-  sampling.rtol = 1e-5  # of method='ode'
-  sampling.atol = 1e-5
-  sampling.per_image_seeds = False  # each image from its own key, whatever the batch size
-  sampling.task = 'unconditional'  # of --mode=sample; or inpaint, colorize, superres, class
-  sampling.num_samples = 64  # of --mode=sample
-  sampling.batch_size = 64  # of --mode=sample
-  sampling.mask = 'right'  # what task='inpaint' draws: right, left, bottom, top, center, random
-  sampling.superres_factor = 4  # side of the blocks of task='superres'
-  sampling.label = -1  # class of task='class'; -1 takes all in turn
-  sampling.guidance_scale = 1.0  # of task='class'
-  sampling.trajectory_every = 0  # steps between the frames of a GIF; 0 makes none
-
-  config.likelihood = likelihood = ml_collections.ConfigDict()
-  likelihood.hutchinson_type = 'Rademacher'  # or 'Gaussian', 'exact'
-  likelihood.num_probes = 1  # probes that are averaged
-  likelihood.ode_solver = 'RK45'
-  likelihood.rtol = 1e-5
-  likelihood.atol = 1e-5
-  likelihood.eps = 1e-5  # the time that the data are taken to be at
-
-  config.eval = evaluate = ml_collections.ConfigDict()
-  evaluate.begin_ckpt = 9
-  evaluate.end_ckpt = 26
-  evaluate.batch_size = 1024
-  evaluate.enable_sampling = False
-  evaluate.num_samples = 50000
-  evaluate.enable_loss = True
-  evaluate.enable_bpd = False
-  evaluate.bpd_dataset = 'test'
-  evaluate.bpd_repeats = 0  # passes, each with other noise; 0: 5 of 'test', 1 of 'train'
-  evaluate.wait_seconds = 0  # how long to wait for a checkpoint that training has yet to save
-  evaluate.extractor = 'inception'  # or 'inception_ttur', 'mnist5k'; 'none': draw samples only
-  evaluate.inception_path = ''  # weights; else SCORE_SDE_INCEPTION, else assets/
-  evaluate.stats_path = ''  # statistics of the data; else a file of assets/stats/
-  evaluate.stats_split = 'train'
-  evaluate.stats_features = True  # keep the features, for KID, precision and recall
-  # How many training images --mode=stats measures sigma_max on, at most 256 MiB of them: a sample
-  # where there are more; 0 leaves it out.
-  evaluate.sigma_max_images = 50000
-
-  config.data = data = ml_collections.ConfigDict()
+  data = config.data
   data.dataset = 'CIFAR10'
   data.image_size = 32
   data.num_channels = 3
   data.random_flip = True
-  data.centered = False  # scale images to [-1, 1] instead of [0, 1]
-  data.uniform_dequantization = False
-  data.path = ''  # folder of images, for data.dataset='ImageFolder'
-
-  config.model = model = ml_collections.ConfigDict()
-  model.name = 'ncsnpp'
-  model.sigma_min = 0.01
-  model.sigma_max = 50.0
-  model.num_scales = 1000
-  model.beta_min = 0.1
-  model.beta_max = 20.0
-  model.dropout = 0.1
-  model.embedding_type = 'fourier'
-  model.ema_rate = 0.9999
-
-  config.optim = optim = ml_collections.ConfigDict()
-  optim.optimizer = 'Adam'
-  optim.lr = 2e-4
-  optim.beta1 = 0.9
-  optim.eps = 1e-8
-  optim.weight_decay = 0.0
-  optim.warmup = 5000  # steps of linear warm-up
-  optim.grad_clip = 1.0  # largest global norm of the gradient; negative turns clipping off
-
-  # The noise-conditional classifier: --mode=train_classifier, class-conditional sampling.
-  # Frequencies, seed, beta1, eps and grad_clip are those of `training` and `optim`.
-  config.classifier = classifier = ml_collections.ConfigDict()
-  classifier.checkpoint = ''  # a classifier.safetensors, for sampling
-  classifier.name = 'wideresnet_noise_conditional'
-  classifier.num_classes = 10
-  classifier.blocks_per_group = 4
-  classifier.channel_multiplier = 10
-  classifier.embedding_size = 128
-  classifier.fourier_scale = 16.0
-  classifier.sigma_min = 0.01  # the noise levels, in units of images in [0, 1]
-  classifier.sigma_max = 80.0
-  classifier.batch_size = 128  # over all devices
-  classifier.n_iters = 200000
-  classifier.lr = 2e-4
-  classifier.warmup = 5000  # steps of linear warm-up
-  classifier.weight_decay = 0.0  # of the kernels
-  classifier.ema_rate = 0.999
   return config

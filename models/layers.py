@@ -8,6 +8,7 @@ So a network is in bfloat16 as soon as its image is.
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -214,6 +215,11 @@ class GaussianFourierProjection(nn.Module):
     W = self.param('W', nn.initializers.normal(self.scale), (self.embedding_size,))
     angles = x[:, None] * jax.lax.stop_gradient(W)[None] * 2 * np.pi
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def is_frequency(path: tuple[Any, ...], x: jax.Array) -> bool:
+  """Whether a parameter holds Fourier frequencies: a vector `W`; that of `NIN` is a matrix."""
+  return getattr(path[-1], 'key', None) == 'W' and x.ndim == 1
 
 
 def spatial_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

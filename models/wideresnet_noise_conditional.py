@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from models import convolution
+from models.classifier import register_classifier
 from models.layers import GaussianFourierProjection, GroupNorm
-from models.utils import register_classifier
 from runtime.errors import UserError
 
 

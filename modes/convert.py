@@ -17,23 +17,24 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import safetensors
 import safetensors.numpy
 from absl import logging
+from ml_collections import ConfigDict
 
-import losses
-import run_lib
-from losses import State
+import train_state
 from models import utils as mutils
+from modes.loading import load_weights
+from modes.training_loop import open_run
 from runtime import checkpoints, configuration, parallelism, reporting, torch_file, weights
 from runtime import workdir as workdirs
 from runtime.errors import UserError
 from runtime.registry import Registry
 from runtime.weights import Arrays, enumerate_names
-from runtime.workdir import at_work, check_run, load_weights, log_start, record
+from runtime.workdir import at_work, check_run, log_start, record
+from train_state import State
 
 _HEAD = 64  # bytes by which a format is recognised
 
@@ -162,7 +163,7 @@ class Format(abc.ABC):
     """Whether a file that begins with `head` is of this format."""
 
   @abc.abstractmethod
-  def read(self, path: pathlib.Path, config: ml_collections.ConfigDict) -> Foreign:
+  def read(self, path: pathlib.Path, config: ConfigDict) -> Foreign:
     """Reads a file. Whatever is raised is reported as a damaged file; a `UserError` as it is."""
 
 
@@ -176,7 +177,7 @@ class FlaxCheckpoint(Format):
       b'\x81' <= head[:1] <= b'\x8f' and b'\xa2' <= head[1:2] <= b'\xbf' and head[2:4].isalpha()
     )
 
-  def read(self, path: pathlib.Path, config: ml_collections.ConfigDict) -> Foreign:
+  def read(self, path: pathlib.Path, config: ConfigDict) -> Foreign:
     del config
     content = weights.restore_flax(path.read_bytes())
     file = Contents(path, content, 'give a checkpoint_<number> of the 2021 code')
@@ -208,7 +209,7 @@ class TorchCheckpoint(Format):
   def recognises(self, head: bytes) -> bool:
     return head.startswith((torch_file.ZIP_MAGIC, torch_file.LEGACY_MAGIC))
 
-  def read(self, path: pathlib.Path, config: ml_collections.ConfigDict) -> Foreign:
+  def read(self, path: pathlib.Path, config: ConfigDict) -> Foreign:
     content = torch_file.load(path)
     if isinstance(content, dict) and not _not_arrays(content):
       content = {'model': content}  # a state dict alone
@@ -321,7 +322,7 @@ def _channels_last(name: str, x: np.ndarray) -> np.ndarray:
   return x
 
 
-def _port_names(config: ml_collections.ConfigDict, keys: Iterable[str]) -> dict[str, str]:
+def _port_names(config: ConfigDict, keys: Iterable[str]) -> dict[str, str]:
   """Our path of each parameter, by its name in the PyTorch port."""
   _, _, params = mutils.abstract_model(config)
   paths = weights.flatten(params)
@@ -341,7 +342,7 @@ def _port_names(config: ml_collections.ConfigDict, keys: Iterable[str]) -> dict[
   return names
 
 
-def _call_order(config: ml_collections.ConfigDict) -> list[str]:
+def _call_order(config: ConfigDict) -> list[str]:
   """Names of the network's submodules that have parameters, in the order of their calls."""
   called = {}
 
@@ -396,7 +397,7 @@ class Safetensors(Format):
     # The length of the JSON header, at most 100 MB, and the header.
     return head[4:9] == b'\0\0\0\0{'
 
-  def read(self, path: pathlib.Path, config: ml_collections.ConfigDict) -> Foreign:
+  def read(self, path: pathlib.Path, config: ConfigDict) -> Foreign:
     prefix = 'params/'
     with safetensors.safe_open(path, framework='numpy') as opened:
       metadata, names = opened.metadata() or {}, opened.keys()
@@ -429,26 +430,8 @@ def _json(text: str) -> Any:
     return text
 
 
-def import_checkpoint(
-  config: ml_collections.ConfigDict, workdir: str, checkpoint: str | None
-) -> State:
-  """Makes the checkpoint file of another origin the state of a new run in `workdir`.
-
-  The run can then be evaluated or continued. The checkpoint gets the number that a run of ours
-  would have given it: step / `training.snapshot_freq`, rounded up.
-
-  Args:
-    config: of the network and training that the file is from.
-    workdir: of the run; must hold no checkpoints.
-    checkpoint: the file.
-
-  Raises:
-    UserError: a file that is damaged, of no known format, or does not fit the configuration; a
-      working directory with checkpoints. The directory is then as it was.
-  """
-  reporting.log_to_console()
-  config = configuration.prepare(config)
-  workdir = pathlib.Path(workdir).expanduser()
+def import_checkpoint(config: ConfigDict, workdir: pathlib.Path, checkpoint: str | None) -> State:
+  """See `run_lib.import_checkpoint`; `config` is complete."""
   if _has_checkpoints(workdir):
     raise UserError(f'--workdir={workdir} already has checkpoints: import into a new one.')
   check_run(config, workdir)
@@ -461,11 +444,11 @@ def import_checkpoint(
     )
 
   number = -(-step // config.training.snapshot_freq)
-  with at_work(workdir, '--workdir'), run_lib.open_run(workdir) as run:
+  with at_work(workdir, '--workdir'), open_run(workdir) as run:
     record(config, workdir)
     log_start(config)
-    run.snapshots.save(number, state)
-    run.latest.save(step, state)
+    run.snapshots.save(number, step, state)
+    run.latest.save(step, step, state)
     logging.info('Imported %s, step %d, as %s.', checkpoint, step, run.snapshots.path(number))
   return state
 
@@ -475,7 +458,7 @@ def _has_checkpoints(workdir: pathlib.Path) -> bool:
   return any(path.name.rpartition('_')[2].isdigit() for path in found)  # not Orbax's unfinished
 
 
-def read_state(config: ml_collections.ConfigDict, checkpoint: str | None) -> State:
+def read_state(config: ConfigDict, checkpoint: str | None) -> State:
   """The training state in a checkpoint file of any registered format.
 
   Raises:
@@ -508,7 +491,7 @@ def read_state(config: ml_collections.ConfigDict, checkpoint: str | None) -> Sta
     ) from error
 
 
-def _to_state(config: ml_collections.ConfigDict, path: pathlib.Path, foreign: Foreign) -> State:
+def _to_state(config: ConfigDict, path: pathlib.Path, foreign: Foreign) -> State:
   """The state that training and evaluation go on from."""
   configured = configuration.flatten(config)
   for name, value in foreign.settings.items():
@@ -520,7 +503,7 @@ def _to_state(config: ml_collections.ConfigDict, path: pathlib.Path, foreign: Fo
   if not 0 <= foreign.step < 2**31:
     raise UserError(f'{path} has step={foreign.step}, which must be in [0, 2^31): it is damaged.')
 
-  _, like = losses.abstract_state(config)
+  _, like = train_state.abstract_state(config)
   model = f'{path} does not fit model.name={config.model.name} as configured'
 
   def fit(what: str, arrays: Arrays, like: Any) -> Any:
@@ -529,7 +512,7 @@ def _to_state(config: ml_collections.ConfigDict, path: pathlib.Path, foreign: Fo
   params = fit('parameters', foreign.params, like.params)
   params_ema = foreign.params if foreign.params_ema is None else foreign.params_ema
   step = jnp.asarray(foreign.step, jnp.int32)
-  opt_state = losses.get_optimizer(config).init(params)
+  opt_state = train_state.get_optimizer(config).init(params)
   opt_state = _set(opt_state, 'ScaleByScheduleState', count=step)
   if foreign.moments:
     opt_state = _set(
@@ -585,30 +568,12 @@ def _fit(where: str, arrays: Arrays, like: Any) -> Any:
 
 
 def export_checkpoint(
-  config: ml_collections.ConfigDict,
-  workdir: str,
+  config: ConfigDict,
+  workdir: pathlib.Path,
   checkpoint: str | None = None,
   number: int | None = None,
 ) -> pathlib.Path:
-  """Writes the EMA weights of a run as safetensors, with step and configuration as metadata.
-
-  Tensors are named as in the variables of the Flax module: 'params/Conv_0/kernel'.
-
-  Args:
-    config: of the run.
-    workdir: of the run.
-    checkpoint: the file to write; by default `export_<step>.safetensors` in `workdir`.
-    number: of the checkpoint; by default the newest state there is.
-
-  Returns:
-    The file.
-
-  Raises:
-    UserError: no such checkpoint, a configuration of another run, a file that exists.
-  """
-  reporting.log_to_console()
-  config = configuration.prepare(config)
-  workdir = pathlib.Path(workdir).expanduser()
+  """See `run_lib.export_checkpoint`; `config` is complete."""
   _, state = load_weights(config, workdir, number)
 
   step = int(state.step)

@@ -1,4 +1,4 @@
-"""The evaluation of a run's checkpoints, in rounds that survive a kill.
+"""--mode=eval: the evaluation of a run's checkpoints, in rounds that survive a kill.
 
 Each round leaves one file, written atomically, and its random numbers are a function of the seed,
 the checkpoint's step and the round's number. So the files that exist are the state: a killed
@@ -33,6 +33,7 @@ import jax
 import numpy as np
 import tqdm
 from absl import logging
+from ml_collections import ConfigDict
 
 import datasets
 import evaluation
@@ -41,19 +42,21 @@ import losses
 import metrics
 import sampling
 import sde_lib
-from losses import State
-from runtime import checkpoints, configuration, parallelism, reporting
+import train_state
+from runtime import checkpoints, configuration, npz_file, parallelism, reporting
 from runtime.checkpoints import CheckpointReader
 from runtime.errors import UserError
+from runtime.rng import stream
 from runtime.settings import read_keys
 from runtime.workdir import LOCATIONS, at_work, check_run, log_start, of_model
 from sde_lib import SDE
+from train_state import State
 
 # Settings that all numbers depend on, by the beginning of their names.
 _COMMON = ('seed', 'data.', 'model.', 'training.sde', 'training.continuous', 'eval.batch_size')
 
 
-def evaluate(config: Any, workdir: pathlib.Path, eval_folder: str) -> None:
+def evaluate(config: ConfigDict, workdir: pathlib.Path, eval_folder: str) -> None:
   """See `run_lib.evaluate`."""
   _check_settings(config)
   folder = _folder(workdir, eval_folder)
@@ -63,8 +66,8 @@ def evaluate(config: Any, workdir: pathlib.Path, eval_folder: str) -> None:
   snapshots = CheckpointReader(workdir / 'checkpoints')
   _check_first(config, snapshots, wanted)
   sde = sde_lib.get_sde(config)
-  model, like = losses.abstract_state(config)
-  like = checkpoints.weights_only(like)
+  model, like = train_state.abstract_state(config)
+  like = train_state.weights_only(like)
   tasks = [
     make(config, folder, sde, model)
     for name, make in _TASKS.items()
@@ -94,7 +97,7 @@ def _of_evaluation(name: str) -> bool:
   )
 
 
-def _check_settings(config: Any) -> None:
+def _check_settings(config: ConfigDict) -> None:
   """Refuses settings that would be ignored, or leave nothing to do."""
   settings, task = config.eval, config.sampling.task
   enables = [f'eval.enable_{name}' for name in _TASKS]
@@ -120,7 +123,7 @@ def _folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
   return workdir / path.relative_to(root)
 
 
-def _check_range(config: Any, workdir: pathlib.Path, wanted: range) -> None:
+def _check_range(config: ConfigDict, workdir: pathlib.Path, wanted: range) -> None:
   """Refuses checkpoints that will never be there."""
   training = config.training
   last = -(-training.n_iters // training.snapshot_freq)
@@ -138,7 +141,7 @@ def _check_range(config: Any, workdir: pathlib.Path, wanted: range) -> None:
     )
 
 
-def _check_first(config: Any, snapshots: CheckpointReader, wanted: range) -> None:
+def _check_first(config: ConfigDict, snapshots: CheckpointReader, wanted: range) -> None:
   """Without waiting, all must be there before anything is computed."""
   missing = [number for number in wanted if number not in snapshots.numbers()]
   if missing and not config.eval.wait_seconds:
@@ -148,7 +151,7 @@ def _check_first(config: Any, snapshots: CheckpointReader, wanted: range) -> Non
     )
 
 
-def _wait_for(config: Any, snapshots: CheckpointReader, number: int) -> None:
+def _wait_for(config: ConfigDict, snapshots: CheckpointReader, number: int) -> None:
   seconds = config.eval.wait_seconds
   if number not in snapshots.numbers():
     logging.info('Waiting up to %d s for checkpoint %d.', seconds, number)
@@ -180,7 +183,7 @@ class Task(abc.ABC):
   depends_on: tuple[str, ...] = ()
   source: datasets.Source | None = None
 
-  def __init__(self, config: Any, folder: pathlib.Path, sde: SDE, model: nn.Module):
+  def __init__(self, config: ConfigDict, folder: pathlib.Path, sde: SDE, model: nn.Module):
     self.config = config
     self.folder = folder
     self.sde = sde
@@ -223,7 +226,7 @@ def _is_whole(path: pathlib.Path) -> bool:
   try:
     with zipfile.ZipFile(path) as file:
       return bool(file.namelist()) and file.testzip() is None
-  except evaluation.UNREADABLE:
+  except npz_file.UNREADABLE:
     return False
 
 
@@ -269,7 +272,7 @@ class Loss(Task):
     return _is_whole(self._path(number))
 
   def run(self, number: int, state: State) -> None:
-    root = jax.random.fold_in(configuration.stream(self.config, 'eval'), state.step)
+    root = jax.random.fold_in(stream(self.config.seed, 'eval'), state.step)
     dataset, values, counts = self._dataset, [], []
     batches = tqdm.tqdm(dataset.once(), 'loss', len(dataset), unit='batch', disable=None)
     for i, batch in enumerate(batches):
@@ -312,7 +315,7 @@ class BitsPerDim(Task):
     return all(_is_whole(path) for path in self._files(number))
 
   def run(self, number: int, state: State) -> None:
-    root = jax.random.fold_in(configuration.stream(self.config, 'bpd'), state.step)
+    root = jax.random.fold_in(stream(self.config.seed, 'bpd'), state.step)
     files, batches = self._files(number), len(self._dataset)
     missing = _missing(files)
     for r, images in _progress(self._images(missing), 'bits/dim', files, missing):
@@ -372,7 +375,7 @@ class Samples(Task):
       return settings
     return settings | {'eval.stats_path': self._stats.checksum()}
 
-  def _reads(self, config: Any) -> None:
+  def _reads(self, config: ConfigDict) -> None:
     """Reads the part of the configuration that samples depend on."""
     sampling.check(config, self.sde)
     sampling.batch_rng(config, jax.random.PRNGKey(0), 0, 1)
@@ -390,7 +393,7 @@ class Samples(Task):
     return all(_is_whole(path) for path in self._files(number, 'samples'))
 
   def run(self, number: int, state: State) -> None:
-    root = jax.random.fold_in(configuration.stream(self.config, 'sample'), state.step)
+    root = jax.random.fold_in(stream(self.config.seed, 'sample'), state.step)
     drawn, described = self._files(number, 'samples'), self._files(number, 'statistics')
     missing = _missing(drawn if self._extractor is None else described)
     for r in _progress(missing, 'samples', drawn, missing):

@@ -1,4 +1,4 @@
-"""Samples of a trained run under a task, in rounds that survive a kill.
+"""--mode=sample: samples of a trained run under a task, in rounds that survive a kill.
 
 A round is a batch of `sampling.batch_size`, of which the last keeps what is left of
 `sampling.num_samples`. The random numbers depend on the seed and the round, or with
@@ -23,20 +23,24 @@ import jax
 import numpy as np
 import tqdm
 from absl import logging
+from ml_collections import ConfigDict
 
 import controllable_generation
 import datasets
 import sampling
 import sde_lib
-from losses import State
+from modes.loading import load_weights
 from runtime import configuration, parallelism, reporting
+from runtime.configuration import differences
 from runtime.errors import UserError
+from runtime.rng import stream
 from runtime.settings import read_keys
-from runtime.workdir import LOCATIONS, at_work, differences, load_weights, of_model, read_json
+from runtime.workdir import LOCATIONS, at_work, of_model, read_json
 from sde_lib import SDE
+from train_state import State
 
 
-def sample(config: Any, workdir: pathlib.Path, checkpoint_number: int | None) -> None:
+def sample(config: ConfigDict, workdir: pathlib.Path, checkpoint_number: int | None) -> None:
   """See `run_lib.sample`."""
   sde = sde_lib.get_sde(config)
   draw = RoundDrawer(config, sde)
@@ -75,7 +79,7 @@ def _is_done(directory: pathlib.Path, number: int, size: int) -> bool:
 
 
 def _settings(
-  config: Any, read: tuple[str, ...], draw: 'RoundDrawer', state: State
+  config: ConfigDict, read: tuple[str, ...], draw: 'RoundDrawer', state: State
 ) -> dict[str, Any]:
   """What the samples depend on, given the names of the settings that drawing them has read."""
   free = (*LOCATIONS, 'sampling.num_samples', 'sampling.trajectory_every', 'classifier.checkpoint')
@@ -128,7 +132,7 @@ class RoundDrawer:
     UserError: for settings that do not go together, before anything is compiled.
   """
 
-  def __init__(self, config: Any, sde: SDE):
+  def __init__(self, config: ConfigDict, sde: SDE):
     settings, data = config.sampling, config.data
     datasets.check_batch_size(settings.batch_size, 'sampling.batch_size')
     if settings.num_samples < 1:
@@ -137,7 +141,7 @@ class RoundDrawer:
     self.inverse_scaler = datasets.get_data_inverse_scaler(config)
     self._scaler = datasets.get_data_scaler(config)
     self._config, self._settings = config, settings
-    self._root = configuration.stream(config, 'sample_mode')
+    self._root = stream(config.seed, 'sample_mode')
     self._task = controllable_generation.get_task(config, sde, self.inverse_scaler)
     zeros = jax.numpy.zeros((2, *self.shape[1:])), jax.numpy.zeros(2, int)
     sampling.check(config, sde, self._task.condition(*zeros))

@@ -1,4 +1,4 @@
-"""Training of the noise-conditional classifier of `classifier.NoiseConditionalClassifier`."""
+"""--mode=train_classifier: trains the noise-conditional classifier of `models.classifier`."""
 
 import functools
 import pathlib
@@ -7,30 +7,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import tqdm
 from absl import logging
+from ml_collections import ConfigDict
 
 import datasets
-import losses
-import run_lib
-from losses import State
-from models import utils as mutils
-from runtime import configuration, parallelism, reporting
+import train_state
+from models.classifier import CLASSIFIERS, create_classifier, write_classifier_file
+from modes.training_loop import compile_steps, open_run, restore_or_init, train_loop
+from runtime import parallelism, reporting
 from runtime.errors import UserError
+from runtime.rng import stream
 from runtime.workdir import FREE, at_work, check_run, log_start, record
 from sde_lib import batch_mul
+from train_state import State
 
 PyTree = Any
 
 FILE = 'classifier.safetensors'
 # Test accuracy is reported at these noise levels, as far as they are in the trained range.
 TEST_SIGMAS = (0.0, 0.1, 0.3, 1.0, 3.0)
-
-# Streams of random numbers, each a fold of the seed; run_lib has the first ones.
-_INIT, _TRAIN, _EVAL, _TEST = range(16, 20)
 
 # What may change when the training of a classifier resumes.
 _FREE = (
@@ -44,21 +42,9 @@ _FREE = (
 )
 
 
-def train_classifier(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Trains, or resumes training, the classifier of `config.classifier` on `config.data`.
-
-  Leaves in `workdir` what `run_lib.train` does, but for the samples, and at the end
-  `classifier.safetensors`: the EMA parameters, with all that is needed to use them. Like there, a
-  run that was killed continues to the same bits.
-
-  Raises:
-    UserError: a configuration or data that are wrong or contradict the run in `workdir`, or labels
-      that do not fit.
-    NonFiniteLoss: the loss is NaN or infinite.
-  """
-  reporting.log_to_console()
-  config = _own_config(configuration.prepare(config))
-  workdir = pathlib.Path(workdir).expanduser()
+def train_classifier(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """See `run_lib.train_classifier`; `config` is complete."""
+  config = _own_config(config)
   guarded = lambda name: not name.startswith(_FREE)
   check_run(_recorded(config), workdir, guarded)
   init = functools.partial(_init_state, config)
@@ -66,23 +52,23 @@ def train_classifier(config: ml_collections.ConfigDict, workdir: str) -> None:
   train_ds, eval_ds, _ = datasets.get_dataset(config, config.data.uniform_dequantization)
   _check_labels(train_ds.batch(0)['label'], config)
 
-  with at_work(workdir, '--workdir'), run_lib.open_run(workdir) as run:
+  with at_work(workdir, '--workdir'), open_run(workdir) as run:
     splits = {'train': train_ds.source, 'test': eval_ds.source}
     record(_recorded(config), workdir, guarded, **splits)
     log_start(config)
-    module = mutils.get_classifier(config.classifier.name)(**_fields(config))
-    state = run_lib.restore_or_init(run.directories, like, init)
-    train_step = run_lib.compile_steps(_train_step(config, module, train_ds.preprocess))
+    module = CLASSIFIERS.build(config.classifier.name, config.classifier)
+    state = restore_or_init(run.directories, like, init)
+    train_step = compile_steps(_train_step(config, module, train_ds.preprocess))
     eval_step = jax.jit(_loss_fn(config, module, eval_ds.preprocess))
 
     def evaluate(state: State, step: int, metrics: reporting.MetricWriter) -> None:
       batch = parallelism.global_batch(eval_ds.batch(step // config.training.eval_freq))
-      loss, accuracy = eval_step(state.params_ema, _key(config, _EVAL, state.step), batch)
+      loss, accuracy = eval_step(state.params_ema, _key(config, 'eval', state.step), batch)
       metrics.scalar('eval_loss', float(loss), step)
       metrics.scalar('eval_accuracy', float(accuracy), step)
 
     batches = map(functools.partial(_checked, config), train_ds.iterate(int(state.step)))
-    state = run_lib.train_loop(
+    state = train_loop(
       config.training, run, state, batches, train_step, evaluate, lambda state, metrics: True
     )
     if state is not None:
@@ -94,7 +80,7 @@ def train_classifier(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def save_classifier(
-  path: pathlib.Path, config: Any, state: State, accuracy: dict[str, float]
+  path: pathlib.Path, config: ConfigDict, state: State, accuracy: dict[str, float]
 ) -> None:
   """Writes the EMA parameters and what `load_classifier` and a reader need to know of them."""
   section = config.classifier
@@ -109,10 +95,10 @@ def save_classifier(
     'step': int(state.step),
     'accuracy': accuracy,
   }
-  reporting.write_atomic(path, mutils.write_classifier_file(state.params_ema, info))
+  reporting.write_atomic(path, write_classifier_file(state.params_ema, info))
 
 
-def _own_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def _own_config(config: ConfigDict) -> ConfigDict:
   """The configuration with `classifier` put in place of what it has in common with a score model.
 
   So the data pipeline, the optimizer and the loop of score models serve the classifier.
@@ -130,39 +116,38 @@ def _own_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   return config
 
 
-def _recorded(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def _recorded(config: ConfigDict) -> ConfigDict:
   """The part of the configuration that the training of a classifier depends on."""
   sections = ('seed', 'training', 'data', 'optim', 'classifier')
-  return ml_collections.ConfigDict({name: config[name] for name in sections})
+  return ConfigDict({name: config[name] for name in sections})
 
 
-def _image_shape(config: Any) -> tuple[int, int, int]:
+def _image_shape(config: ConfigDict) -> tuple[int, int, int]:
   return (config.data.image_size, config.data.image_size, config.data.num_channels)
 
 
-def _fields(config: Any) -> dict[str, Any]:
+def _fields(config: ConfigDict) -> dict[str, Any]:
   """The fields of the network, from the keys of the same names in `config.classifier`."""
-  known = mutils.classifier_fields(config.classifier.name)
+  known = CLASSIFIERS.fields(config.classifier.name)
   return {name: config.classifier[name] for name in known if name in config.classifier}
 
 
-def _init_state(config: Any) -> State:
-  _, params = mutils.create_classifier(
-    _key(config, _INIT),
+def _init_state(config: ConfigDict) -> State:
+  _, params = create_classifier(
+    _key(config, 'init'),
     batch_size=1,
     name=config.classifier.name,
     image_shape=_image_shape(config),
     **_fields(config),
   )
-  return losses.first_state(config, {}, params)
+  return train_state.first_state(config, {}, params)
 
 
-def _key(config: Any, stream: int, step: jax.Array | int = 0) -> jax.Array:
-  root = jax.random.fold_in(jax.random.PRNGKey(config.seed), stream)
-  return jax.random.fold_in(root, step)
+def _key(config: ConfigDict, name: str, step: jax.Array | int = 0) -> jax.Array:
+  return jax.random.fold_in(stream(config.seed, f'classifier_{name}'), step)
 
 
-def _check_labels(labels: np.ndarray, config: Any) -> None:
+def _check_labels(labels: np.ndarray, config: ConfigDict) -> None:
   """Refuses labels that are out of range, or of an unlabelled data set (all zero)."""
   classes = config.classifier.num_classes
   if labels.min() < 0 or labels.max() >= classes:
@@ -178,13 +163,13 @@ def _check_labels(labels: np.ndarray, config: Any) -> None:
     )
 
 
-def _checked(config: Any, batch: datasets.Example) -> datasets.Example:
+def _checked(config: ConfigDict, batch: datasets.Example) -> datasets.Example:
   if batch['label'].max() >= config.classifier.num_classes:
     _check_labels(batch['label'], config)
   return {'image': batch['image'], 'label': batch['label']}
 
 
-def _loss_fn(config: Any, module: Any, preprocess: datasets.Preprocess) -> Callable:
+def _loss_fn(config: ConfigDict, module: Any, preprocess: datasets.Preprocess) -> Callable:
   """The function `(params, rng, batch) -> (cross entropy, accuracy)` at random noise levels."""
   lowest, highest = np.log([config.classifier.sigma_min, config.classifier.sigma_max])
 
@@ -200,20 +185,20 @@ def _loss_fn(config: Any, module: Any, preprocess: datasets.Preprocess) -> Calla
   return loss_fn
 
 
-def _train_step(config: Any, module: Any, preprocess: datasets.Preprocess) -> Callable:
+def _train_step(config: ConfigDict, module: Any, preprocess: datasets.Preprocess) -> Callable:
   """One optimizer step, `(state, batch) -> (state, loss)`."""
   grad_fn = jax.value_and_grad(_loss_fn(config, module, preprocess), has_aux=True)
-  optimize_fn = losses.optimization_manager(config)
+  optimize_fn = train_state.optimization_manager(config)
 
   def step(state: State, batch: Any) -> tuple[State, jax.Array]:
-    (loss, _), grad = grad_fn(state.params, _key(config, _TRAIN, state.step), batch)
+    (loss, _), grad = grad_fn(state.params, _key(config, 'train', state.step), batch)
     return optimize_fn(state, grad), loss
 
   return step
 
 
 def _test_accuracy(
-  config: Any, module: Any, params: PyTree, dataset: datasets.Dataset
+  config: ConfigDict, module: Any, params: PyTree, dataset: datasets.Dataset
 ) -> dict[str, float]:
   """The share of the test split that is classified rightly, by noise level."""
   section = config.classifier
@@ -235,7 +220,7 @@ def _test_accuracy(
     batch = {key: np.stack([example[key] for example in examples]) for key in ('image', 'label')}
     # Whole in every process: the last batch may be one that devices cannot share equally.
     batch = parallelism.replicate(batch)
-    rng = _key(config, _TEST, start)
+    rng = _key(config, 'test', start)
     for sigma in sigmas:
       counts[str(sigma)] += int(correct(params, rng, sigma, batch))
   return {sigma: count / len(source) for sigma, count in counts.items()}

@@ -1,4 +1,4 @@
-"""Saving and restoring the training state: Orbax, plus checksums and a fall-back.
+"""Saving and restoring trees of arrays: Orbax, plus checksums and a fall-back.
 
 A checkpoint is complete or absent (Orbax writes to a temporary name and renames). Orbax does not
 notice a flipped bit in an array, so the CRC-32 of every array is stored beside it and verified.
@@ -12,7 +12,6 @@ import json
 import math
 import pathlib
 import shutil
-import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,10 +24,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from losses import State
 from runtime import parallelism
 from runtime.errors import UserError
 from runtime.weights import enumerate_names
+
+PyTree = Any
 
 PREFIX = 'checkpoint'
 DIRECTORIES = ('checkpoints', 'checkpoints-meta')  # in the directory of a run
@@ -76,7 +76,7 @@ class CheckpointReader:
     """
     deadline = time.monotonic() + seconds
     while number not in self.numbers() and time.monotonic() < deadline:
-      threading.Event().wait(1)
+      time.sleep(1)
     return number in self.numbers()
 
   def step(self, number: int) -> int:
@@ -96,8 +96,8 @@ class CheckpointReader:
     metadata = json.dumps(self._metadata(number), sort_keys=True)
     return f'{zlib.crc32(metadata.encode()):08x}'
 
-  def restore(self, number: int, like: State) -> State:
-    """Checkpoint `number` as a state shaped as `like` (arrays or shapes), on all devices.
+  def restore(self, number: int, like: PyTree) -> PyTree:
+    """Checkpoint `number` as a tree shaped as `like` (arrays or shapes), on all devices.
 
     Args:
       number: of the checkpoint.
@@ -219,25 +219,30 @@ class CheckpointDirectory(CheckpointReader):
         f'before are whole; mend that and rerun the same command, which resumes from them.'
       ) from error
 
-  def save(self, number: int, state: State) -> None:
-    """Begins to write `state` as checkpoint `number`, replacing one of an earlier step.
+  def save(self, number: int, step: int, tree: PyTree) -> None:
+    """Begins to write `tree` as checkpoint `number`, replacing one of another step.
+
+    Args:
+      number: of the checkpoint.
+      step: the training step that it is of.
+      tree: arrays, in anything that Flax can serialize.
 
     Raises:
       NonFiniteState: if a parameter is NaN or infinite.
       UnsavedCheckpoint: if this one or the one before could not be written.
     """
-    tree = flax.serialization.to_state_dict(state)
+    tree = flax.serialization.to_state_dict(tree)
     leaves = {path: np.asarray(leaf) for path, leaf in _flatten(tree).items()}
     for path, leaf in leaves.items():
       if not np.isfinite(leaf).all():
-        raise NonFiniteState(f'state[{path!r}] is not finite at step {int(state.step)}.')
+        raise NonFiniteState(f'state[{path!r}] is not finite at step {step}.')
     metadata = {
-      'step': int(state.step),
+      'step': step,
       'crc32': {path: _checksum(leaf) for path, leaf in leaves.items()},
     }
     if number in self._manager.all_steps():
       self.wait()
-      if self.step(number) == int(state.step):
+      if self.step(number) == step:
         return
       self._manager.delete(number)
     args = ocp.args.Composite(
@@ -269,21 +274,16 @@ def remove_unfinished(directory: pathlib.Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def weights_only(like: State) -> State:
-  """The part of a state that sampling and evaluation use: the EMA, without optimizer state."""
-  return like.replace(params=None, opt_state=None)
-
-
-def restore(directory: CheckpointReader, number: int, like: State) -> State:
+def restore(directory: CheckpointReader, number: int, like: PyTree) -> PyTree:
   """`directory.restore(number, like)`, which all processes do or none.
 
   Raises:
     DamagedCheckpoint: if any process could not read it.
     MisfitCheckpoint: as `CheckpointReader.restore`.
   """
-  state, error = None, None
+  tree, error = None, None
   try:
-    state = directory.restore(number, like)
+    tree = directory.restore(number, like)
   except DamagedCheckpoint as damage:
     error = damage
   if parallelism.any_process(error is not None):
@@ -291,11 +291,11 @@ def restore(directory: CheckpointReader, number: int, like: State) -> State:
       f'{directory.path(number)} cannot be read by another process: take another one, or restore '
       f'it from a copy.'
     )
-  return state
+  return tree
 
 
-def restore_newest(directories: list[CheckpointReader], like: State) -> State | None:
-  """The state of the latest step in any of `directories`; None where there is no checkpoint.
+def restore_newest(directories: list[CheckpointReader], like: PyTree) -> PyTree | None:
+  """The tree of the latest step in any of `directories`; None where there is no checkpoint.
 
   A damaged checkpoint is reported and the one before it is taken; all processes take the same.
 
@@ -306,32 +306,32 @@ def restore_newest(directories: list[CheckpointReader], like: State) -> State | 
   return _restore_newest(directories, like, 'Taking')[0]
 
 
-def resume(directories: list[CheckpointDirectory], like: State) -> State | None:
+def resume(directories: list[CheckpointDirectory], like: PyTree) -> PyTree | None:
   """As `restore_newest`, for the training of the run: damaged checkpoints are set aside."""
-  state, damaged = _restore_newest(directories, like, 'Resuming from')
+  tree, damaged = _restore_newest(directories, like, 'Resuming from')
   for index, number in damaged:
     logging.warning('Kept for inspection: %s', directories[index].set_aside(number))
-  return state
+  return tree
 
 
 def _restore_newest(
-  directories: list[CheckpointReader], like: State, purpose: str
-) -> tuple[State | None, list[tuple[int, int]]]:
-  """The state, and the index of the directory and the number of those that are damaged."""
+  directories: list[CheckpointReader], like: PyTree, purpose: str
+) -> tuple[PyTree | None, list[tuple[int, int]]]:
+  """The tree, and the index of the directory and the number of those that are damaged."""
   damaged = []
   while (newest := _newest(directories, damaged)) is not None:
     index, number = newest
     directory = directories[index]
     try:
-      state = restore(directory, number, like)
+      tree = restore(directory, number, like)
     except DamagedCheckpoint as error:
       damaged.append(newest)
       # Beside a training that deletes old ones, it may be gone by now.
       if _exists(directories, newest):
         logging.warning('%s Trying the one before.', error)
       continue
-    logging.info('%s %s, step %d.', purpose, directory.path(number), int(state.step))
-    return state, [entry for entry in damaged if _exists(directories, entry)]
+    logging.info('%s %s, step %d.', purpose, directory.path(number), directory.step(number))
+    return tree, [entry for entry in damaged if _exists(directories, entry)]
   damaged = [entry for entry in damaged if _exists(directories, entry)]
   if damaged:
     paths = enumerate_names(str(directories[index].path(number)) for index, number in damaged)

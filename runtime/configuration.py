@@ -1,20 +1,13 @@
-"""What a configuration may hold: checked before anything expensive starts."""
+"""Configurations: their keys and types, and how they are written, compared and shown."""
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import ml_collections
+from ml_collections import ConfigDict
 
-import controllable_generation
-import datasets
-import losses
-import sampling
-import sde_lib
-from configs.default_cifar10_configs import get_default_configs
-from models import utils as mutils
+from configs.defaults import get_default_configs
 from runtime.errors import UserError
 
 # Keys of the reference's configurations that nothing reads, and the one value that they may have:
@@ -28,46 +21,39 @@ LEGACY: dict[str, Callable[[Any], Any]] = {
   'training.loss': lambda config: config.training.sde,
 }
 
-# Keys that only some data sets read; a configuration may keep them beside another data set.
-_DATA_KEYS = ('tfrecords_path', 'category')
 
-# Streams of random numbers, each a fold of the seed; new ones come last.
-STREAMS = ('init', 'train', 'eval', 'sample', 'sample_mode', 'bpd')
+def complete(config: ConfigDict, extra: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
+  """The configuration with its absent keys filled in, and its keys and types checked.
 
-FREQUENCIES = ('log_freq', 'eval_freq', 'snapshot_freq', 'snapshot_freq_for_preemption')
-
-
-def prepare(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """The complete configuration: absent keys of the common sections filled in, everything checked.
+  Args:
+    config: as a configuration file made it.
+    extra: keys beside the common ones, by section, each with an example of its value (None: any).
 
   Raises:
-    UserError: one sentence on the first thing that is wrong.
+    UserError: one sentence on the first key or type that is wrong.
   """
-  complete = get_default_configs()
-  with complete.unlocked():
+  filled = get_default_configs()
+  with filled.unlocked():
     for section, values in _without_legacy(config).items():
-      if section not in complete:
-        raise UserError(_unknown('section', section, complete.keys()))
-      if isinstance(values, ml_collections.ConfigDict) != isinstance(
-        complete[section], ml_collections.ConfigDict
-      ):
+      if section not in filled:
+        raise UserError(_unknown('section', section, filled.keys()))
+      if isinstance(values, ConfigDict) != isinstance(filled[section], ConfigDict):
         raise UserError(f'config.{section}={values!r} is not what belongs there.')
-      if not isinstance(values, ml_collections.ConfigDict):
-        _check_type(section, values, complete[section])
-        complete[section] = values
+      if not isinstance(values, ConfigDict):
+        _check_type(section, values, filled[section])
+        filled[section] = values
         continue
-      known = _known_fields(section, config, complete)
+      known = {**extra.get(section, {}), **filled[section]}
       for key, value in values.items():
         if key not in known:
           raise UserError(_unknown(f'config.{section} key', key, known))
         if known[key] is not None:
           _check_type(f'{section}.{key}', value, known[key])
-        complete[section][key] = value
-  _check_values(complete)
-  return complete
+        filled[section][key] = value
+  return filled
 
 
-def _without_legacy(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def _without_legacy(config: ConfigDict) -> ConfigDict:
   """The configuration without the keys of the reference that nothing reads.
 
   Raises:
@@ -91,23 +77,6 @@ def _without_legacy(config: ml_collections.ConfigDict) -> ml_collections.ConfigD
   return config
 
 
-def _known_fields(section: str, config: Any, defaults: Any) -> dict[str, Any]:
-  """Keys that a section may have, with an example of each value (None: any)."""
-  known = dict(defaults[section])
-  if section == 'model':
-    # A configuration may set what another network or SDE reads, as the shared recipes do.
-    known = dict.fromkeys(mutils.all_model_fields() | sde_lib.all_sde_fields()) | known
-    known |= mutils.model_fields(config.model.get('name', defaults.model.name))
-    known |= sde_lib.sde_fields(config.training.get('sde', defaults.training.sde))
-  if section == 'classifier':
-    name = config.classifier.get('name', defaults.classifier.name)
-    known = dict.fromkeys(mutils.classifier_fields(name)) | known
-  if section == 'data':
-    known |= dict.fromkeys(_DATA_KEYS)
-    known |= dict.fromkeys(datasets.extra_keys(config.data.get('dataset', defaults.data.dataset)))
-  return known
-
-
 def _unknown(what: str, name: str, known: Any) -> str:
   close = difflib.get_close_matches(name, known, n=1)
   hint = f' Did you mean {close[0]}?' if close else ''
@@ -129,62 +98,7 @@ def _check_type(name: str, value: Any, example: Any) -> None:
     )
 
 
-def _check_values(config: ml_collections.ConfigDict) -> None:
-  training, optim = config.training, config.optim
-  sde = sde_lib.get_sde(config)
-  losses.get_optimizer(config)
-  sampling.check(config, sde)
-  controllable_generation.check(config)
-  datasets.check_batch_size(training.batch_size, 'training.batch_size')
-  for name in ('n_iters', 'n_jitted_steps', *FREQUENCIES):
-    if training[name] < 1:
-      raise UserError(f'training.{name}={training[name]} must be at least 1.')
-  for name in FREQUENCIES:
-    if training[name] % training.n_jitted_steps:
-      raise UserError(
-        f'training.n_jitted_steps={training.n_jitted_steps} does not divide '
-        f'training.{name}={training[name]}: choose a multiple of it, or n_jitted_steps=1.'
-      )
-  if optim.lr <= 0 or optim.warmup < 0:
-    raise UserError(
-      f'optim.lr={optim.lr} must be positive and optim.warmup={optim.warmup} not negative.'
-    )
-  if not 0 <= config.model.ema_rate < 1:
-    raise UserError(f'model.ema_rate={config.model.ema_rate} must be in [0, 1).')
-  _check_classifier(config.classifier)
-  # The network refuses shapes that do not fit in an abstract pass, the objective what it cannot do.
-  model, _, _ = mutils.abstract_model(config)
-  losses.build_step_fn(config, sde, model, train=False)
-  if not training.continuous:
-    sde.perturb_discrete(*jax.numpy.zeros((3, 1)).astype(int))
-
-
-def _check_classifier(classifier: Any) -> None:
-  mutils.get_classifier(classifier.name)
-  counts = ('num_classes', 'blocks_per_group', 'channel_multiplier', 'embedding_size')
-  for name in (*counts, 'batch_size', 'n_iters'):
-    if classifier[name] < 1:
-      raise UserError(f'classifier.{name}={classifier[name]} must be at least 1.')
-  if classifier.lr <= 0 or classifier.warmup < 0 or classifier.weight_decay < 0:
-    raise UserError(
-      f'classifier.lr={classifier.lr} must be positive, classifier.warmup={classifier.warmup} and '
-      f'classifier.weight_decay={classifier.weight_decay} not negative.'
-    )
-  if not 0 <= classifier.ema_rate < 1:
-    raise UserError(f'classifier.ema_rate={classifier.ema_rate} must be in [0, 1).')
-  if not 0 < classifier.sigma_min < classifier.sigma_max:
-    raise UserError(
-      f'classifier.sigma_min={classifier.sigma_min} must be positive and less than '
-      f'classifier.sigma_max={classifier.sigma_max}.'
-    )
-
-
-def stream(config: Any, name: str) -> jax.Array:
-  """The root key of one kind of random numbers."""
-  return jax.random.fold_in(jax.random.PRNGKey(config.seed), STREAMS.index(name))
-
-
-def flatten(config: Any) -> dict[str, Any]:
+def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
   """Leaves by dotted name, as JSON stores them."""
   flat = {}
   for key, value in json.loads(json.dumps(plain(config))).items():
@@ -195,6 +109,17 @@ def flatten(config: Any) -> dict[str, Any]:
   return flat
 
 
-def plain(config: Any) -> dict[str, Any]:
+def plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
   """A configuration, or what has been read from `config.json`, as nested dictionaries."""
-  return config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+  return config.to_dict() if isinstance(config, ConfigDict) else config
+
+
+def differences(
+  old: Mapping[str, Any], new: Mapping[str, Any], guarded: Callable[[str], bool]
+) -> str:
+  """The guarded fields in which two flat configurations differ, for a message; '' if in none."""
+  return ', '.join(
+    f'{name} (was {old.get(name)!r}, is {new.get(name)!r})'
+    for name in sorted(old.keys() | new.keys())
+    if guarded(name) and old.get(name) != new.get(name)
+  )

@@ -1,8 +1,13 @@
 """Tables from a configuration's names to the classes or functions behind them."""
 
+import dataclasses
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from runtime.errors import UserError
+
+_OF_FLAX = ('parent', 'name')  # fields that every Flax module has beside its own
 
 
 class Registry:
@@ -12,10 +17,12 @@ class Registry:
 
   Args:
     kind: what the table holds, as it should read in an error ("predictor").
+    keys: what a configuration calls fields whose names differ there, by the names of the fields.
   """
 
-  def __init__(self, kind: str):
+  def __init__(self, kind: str, keys: Mapping[str, str] | None = None):
     self.kind = kind
+    self._keys = dict(keys or {})
     self._entries: dict[str, tuple[str, Any]] = {}  # name as registered, and object
 
   def register(self, cls: Any = None, *, name: str | None = None) -> Any:
@@ -49,3 +56,48 @@ class Registry:
   def names(self) -> list[str]:
     """All names as they were registered, sorted."""
     return sorted(name for name, _ in self._entries.values())
+
+  def fields(self, name: str) -> dict[str, Any]:
+    """The keys of a configuration that the object registered as `name` reads, with their defaults.
+
+    They are the fields of a dataclass, or the keyword-only parameters of a function or another
+    class. The default is None where there is none.
+
+    Raises:
+      UserError: if nothing has the name.
+    """
+    return {
+      self._keys.get(field, field): default for field, default in _fields(self.get(name)).items()
+    }
+
+  def all_fields(self) -> set[str]:
+    """The keys that any registered object reads."""
+    return {field for name in self.names() for field in self.fields(name)}
+
+  def build(self, name: str, settings: Mapping[str, Any], *args: Any) -> Any:
+    """Calls the object registered as `name` with those of the settings that it has fields for.
+
+    Args:
+      name: of the object.
+      settings: values by key; a field whose key is absent keeps its default.
+      *args: positional arguments before them.
+
+    Raises:
+      UserError: if nothing has the name, or what the object itself raises.
+    """
+    entry = self.get(name)
+    values = {field: self._keys.get(field, field) for field in _fields(entry)}
+    return entry(*args, **{f: settings[key] for f, key in values.items() if key in settings})
+
+
+def _fields(entry: Any) -> dict[str, Any]:
+  """Names and defaults of the fields of a dataclass, or of keyword-only parameters."""
+  if dataclasses.is_dataclass(entry):
+    found = [(f.name, f.default) for f in dataclasses.fields(entry) if f.name not in _OF_FLAX]
+  else:
+    parameters = inspect.signature(entry).parameters.values()
+    found = [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY]
+  missing = (dataclasses.MISSING, inspect.Parameter.empty)
+  return {
+    name: None if any(default is none for none in missing) else default for name, default in found
+  }

@@ -1,7 +1,10 @@
-"""Random keys of both kinds: typed ones, `jax.random.key`, and raw ones, `jax.random.PRNGKey`.
+"""The random streams of a run, and random keys of both kinds.
 
-JAX's own functions take both and draw the same numbers from them. What differs is the shape: a raw
-key is an array of 32-bit words.
+Every kind of random numbers has a stream of its own, a fold of the seed, and every draw from it is
+a fold of the step, the round or the image. So nothing about them has to be saved.
+
+Keys are typed, `jax.random.key`, or raw, `jax.random.PRNGKey`. JAX's own functions take both and
+draw the same numbers from them. What differs is the shape: a raw key is an array of 32-bit words.
 """
 
 from typing import Any
@@ -11,6 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from runtime.errors import UserError
+
+# What a number stands for is in the results of every run: numbers are never given twice.
+_STREAMS = {
+  'init': 0,
+  'train': 1,
+  'eval': 2,
+  'sample': 3,
+  'sample_mode': 4,
+  'bpd': 5,
+  'classifier_init': 16,
+  'classifier_train': 17,
+  'classifier_eval': 18,
+  'classifier_test': 19,
+}
+
+
+def stream(seed: int, name: str) -> jax.Array:
+  """The root key of one kind of random numbers."""
+  return jax.random.fold_in(jax.random.PRNGKey(seed), _STREAMS[name])
 
 
 def key_shape(rng: Any) -> tuple[int, ...]:

@@ -18,12 +18,11 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 from absl import logging
+from ml_collections import ConfigDict
 
-import losses
-from losses import State
+from configs.defaults import get_default_configs
 from runtime import checkpoints, configuration, parallelism, reporting
 from runtime.checkpoints import CheckpointReader
 from runtime.errors import UserError
@@ -32,6 +31,8 @@ try:
   import fcntl
 except ImportError:  # Windows, where two runs in one directory go unnoticed
   fcntl = None
+
+PyTree = Any
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
@@ -79,17 +80,6 @@ def of_model(name: str) -> bool:
   return name.startswith(MODEL) and not name.startswith(ONLY_TRAINING)
 
 
-def differences(
-  old: Mapping[str, Any], new: Mapping[str, Any], guarded: Callable[[str], bool]
-) -> str:
-  """The guarded fields in which two flat configurations differ, for a message; '' if in none."""
-  return ', '.join(
-    f'{name} (was {old.get(name)!r}, is {new.get(name)!r})'
-    for name in sorted(old.keys() | new.keys())
-    if guarded(name) and old.get(name) != new.get(name)
-  )
-
-
 def read_json(path: pathlib.Path, fix: str) -> dict[str, Any]:
   """The JSON object in a file.
 
@@ -131,7 +121,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def check_run(
-  config: Any, workdir: pathlib.Path, guarded: Callable[[str], bool] = of_training
+  config: ConfigDict, workdir: pathlib.Path, guarded: Callable[[str], bool] = of_training
 ) -> None:
   """Checks that the run in a directory is the one that the configuration describes.
 
@@ -154,10 +144,10 @@ def check_run(
     )
   # A field that is newer than the run had its default.
   new = configuration.flatten(config)
-  defaults = configuration.flatten(configuration.get_default_configs())
+  defaults = configuration.flatten(get_default_configs())
   old = {name: defaults[name] for name in new if name in defaults}
   old |= configuration.flatten(recorded)
-  if differing := differences(old, new, guarded):
+  if differing := configuration.differences(old, new, guarded):
     raise UserError(
       f'{workdir} holds a run with another configuration: {differing}; use those values or another '
       f'--workdir.'
@@ -165,7 +155,7 @@ def check_run(
 
 
 def record(
-  config: Any,
+  config: ConfigDict,
   workdir: pathlib.Path,
   guarded: Callable[[str], bool] = of_training,
   **sources: Any,
@@ -216,7 +206,7 @@ def versions() -> dict[str, str]:
   return {'python': platform.python_version(), 'machine': platform.machine(), **found}
 
 
-def log_start(config: Any) -> None:
+def log_start(config: ConfigDict) -> None:
   """Logs what runs on what."""
   logging.info('versions: %s', versions())
   logging.info(
@@ -290,34 +280,25 @@ def _tidy(folder: pathlib.Path) -> None:
     checkpoints.remove_unfinished(folder / name)
 
 
-def load_weights(
-  config: Any, workdir: pathlib.Path, number: int | None = None
-) -> tuple[nn.Module, State]:
-  """The network of the run in `workdir` and a saved state, without parameters beside the EMA.
+def load_state(workdir: pathlib.Path, like: PyTree, number: int | None = None) -> PyTree:
+  """A saved state of the run in `workdir`, shaped as `like`, on all devices.
 
   Args:
-    config: of the run.
-    workdir: its directory.
+    workdir: of the run.
+    like: arrays or shapes; what is None in it is not read.
     number: which of `checkpoints/`; by default the newest state there is.
 
   Raises:
-    UserError: if there is no such state, or the run has another configuration.
+    UserError: if there is no such state, or it is damaged or does not fit.
   """
-  if read_config(workdir) is None:
-    logging.warning(
-      '%s has no config.json: the configuration is taken to be that of the run.', workdir
-    )
-  check_run(config, workdir, of_model)
-  model, like = losses.abstract_state(config)
-  like = checkpoints.weights_only(like)
   snapshots, latest = (CheckpointReader(workdir / name) for name in checkpoints.DIRECTORIES)
   if number is None:
     state = checkpoints.restore_newest([latest, snapshots], like)
     if state is None:
       raise UserError(f'--workdir={workdir} holds no checkpoint: train there first, or import.')
-    return model, state
+    return state
   if number not in snapshots.numbers():
     raise UserError(
       f'--checkpoint_number={number} is not in {workdir}/checkpoints: it has {snapshots.numbers()}.'
     )
-  return model, checkpoints.restore(snapshots, number, like)
+  return checkpoints.restore(snapshots, number, like)

@@ -14,13 +14,13 @@ import flax.linen as nn
 import flax.struct
 import jax
 
-from losses import State
 from models import utils as mutils
 from runtime import parallelism
 from runtime.errors import UserError
 from runtime.registry import Registry
 from runtime.rng import key_shape
 from sde_lib import SDE, ScoreFn
+from train_state import State
 
 _PREDICTORS = Registry('predictor')
 _CORRECTORS = Registry('corrector')

@@ -10,11 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from losses import State
 from models import utils as mutils
 from runtime import parallelism
 from samplers import ode_solver
 from sde_lib import SDE, batch_mul
+from train_state import State
 
 Encoder = Callable[[State, jax.Array], tuple[jax.Array, int]]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import losses
+import train_state
 from runtime import checkpoints
 from runtime.checkpoints import (
   CheckpointDirectory,
@@ -22,7 +22,7 @@ from tests import tiny_config
 
 @pytest.fixture(scope='module')
 def state():
-  return losses.init_state(jax.random.PRNGKey(0), tiny_config.get_config())[1]
+  return train_state.init_state(jax.random.PRNGKey(0), tiny_config.get_config())[1]
 
 
 def _at(state, step):
@@ -69,7 +69,7 @@ def _snapshot(directory):
 
 def test_state_survives_a_round_trip_bit_for_bit(state, tmp_path):
   with CheckpointDirectory(tmp_path) as directory:
-    directory.save(3, _at(state, 30))
+    directory.save(3, 30, _at(state, 30))
     directory.wait()
     assert (directory.numbers(), directory.step(3)) == ([3], 30)
     _assert_same(directory.restore(3, jax.eval_shape(lambda: state)), _at(state, 30))
@@ -83,9 +83,9 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(damage, sta
     CheckpointDirectory(tmp_path / 'meta') as latest,
     CheckpointDirectory(tmp_path / 'all') as all_,
   ):
-    latest.save(10, _at(state, 10))
-    all_.save(1, _at(state, 20))
-    latest.save(30, _at(state, 30))
+    latest.save(10, 10, _at(state, 10))
+    all_.save(1, 20, _at(state, 20))
+    latest.save(30, 30, _at(state, 30))
     latest.wait()
     all_.wait()
     damage(latest.path(30))
@@ -97,7 +97,7 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(damage, sta
     _assert_same(checkpoints.resume([latest, all_], state), _at(state, 20))
     assert latest.numbers() == [10]
     assert (tmp_path / 'meta' / 'damaged-checkpoint_30').is_dir()
-    latest.save(30, _at(state, 30))  # its place is free again
+    latest.save(30, 30, _at(state, 30))  # its place is free again
     latest.wait()
     _assert_same(checkpoints.restore_newest([latest, all_], state), _at(state, 30))
 
@@ -105,7 +105,7 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(damage, sta
 def test_nothing_is_restored_from_an_empty_directory_and_all_damaged_is_an_error(state, tmp_path):
   with CheckpointDirectory(tmp_path) as directory:
     assert checkpoints.restore_newest([directory], state) is None
-    directory.save(1, state)
+    directory.save(1, 0, state)
     directory.wait()
     _truncate(directory.path(1))
     with pytest.raises(UserError, match='All checkpoints are damaged'):
@@ -115,16 +115,16 @@ def test_nothing_is_restored_from_an_empty_directory_and_all_damaged_is_an_error
 def test_only_the_newest_are_kept_where_asked(state, tmp_path):
   with CheckpointDirectory(tmp_path, keep=2) as directory:
     for step in (5, 10, 15):
-      directory.save(step, _at(state, step))
+      directory.save(step, step, _at(state, step))
     directory.wait()
     assert directory.numbers() == [10, 15]
 
 
 def test_same_number_at_a_later_step_replaces_the_checkpoint(state, tmp_path):
   with CheckpointDirectory(tmp_path) as directory:
-    directory.save(2, _at(state, 15))
+    directory.save(2, 15, _at(state, 15))
     directory.wait()
-    directory.save(2, _at(state, 20))
+    directory.save(2, 20, _at(state, 20))
     directory.wait()
     assert directory.step(2) == 20
 
@@ -133,22 +133,22 @@ def test_non_finite_state_is_never_saved(state, tmp_path):
   with CheckpointDirectory(tmp_path) as directory:
     bad = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
     with pytest.raises(NonFiniteState, match="state\\['params/.*is not finite at step 0"):
-      directory.save(1, bad)
+      directory.save(1, 0, bad)
     assert directory.numbers() == []
 
 
 @pytest.fixture
 def saved(state, tmp_path):
   with CheckpointDirectory(tmp_path) as directory:
-    directory.save(1, _at(state, 10))
-    directory.save(2, _at(state, 20))
+    directory.save(1, 10, _at(state, 10))
+    directory.save(2, 20, _at(state, 20))
   return CheckpointReader(tmp_path)
 
 
 def test_another_network_is_a_misfit_with_its_shapes_and_nothing_is_set_aside(saved):
   config = tiny_config.get_config()
   config.model.width = 16
-  _, other = losses.abstract_state(config)
+  _, other = train_state.abstract_state(config)
   before = _snapshot(saved.directory)
   for restore in (checkpoints.restore_newest, checkpoints.resume):
     with pytest.raises(MisfitCheckpoint) as raised:
@@ -176,7 +176,7 @@ def test_state_in_double_precision_is_a_misfit_that_names_the_switch(saved, stat
 def test_weights_alone_are_restored_without_reading_the_optimizer(saved, state):
   for file in _array_files(saved.path(2)):
     assert file.exists()
-  like = checkpoints.weights_only(jax.eval_shape(lambda: state))
+  like = train_state.weights_only(jax.eval_shape(lambda: state))
   weights = checkpoints.restore_newest([saved], like)
   assert weights.params is None
   assert weights.opt_state is None

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import datasets
+import run_lib
 import sde_lib
 from models import classifier, utils
-from runtime import configuration
+from modes.preparation import prepare
 from runtime.errors import UserError
 from runtime.workdir import check_run
 from tests import golden_values as golden
@@ -76,7 +77,7 @@ def small_config():
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('classifier')
-  training.train_classifier(small_config(), workdir)
+  run_lib.train_classifier(small_config(), workdir)
   return workdir
 
 
@@ -96,9 +97,9 @@ def test_classifier_learns_two_classes_and_its_file_says_how_well(trained):
 def test_continued_training_ends_in_the_same_bits(trained, tmp_path):
   config = small_config()
   config.classifier.n_iters = 13
-  training.train_classifier(config, tmp_path)
+  run_lib.train_classifier(config, tmp_path)
   part = (tmp_path / training.FILE).read_bytes()
-  training.train_classifier(small_config(), tmp_path)
+  run_lib.train_classifier(small_config(), tmp_path)
   whole = (tmp_path / training.FILE).read_bytes()
   assert part != whole
   assert whole == (trained / training.FILE).read_bytes()
@@ -137,7 +138,7 @@ def test_training_noise_is_uniform_in_the_logarithm_and_added_to_images_of_the_u
 
   config = small_config()
   config.data.centered = centered
-  config = training._own_config(configuration.prepare(config))
+  config = training._own_config(prepare(config))
   dataset, _, source = datasets.get_dataset(config)
   loss_fn = training._loss_fn(config, Recorder(), dataset.preprocess)
   images, labels = np.tile(source.images, (16, 1, 1, 1)), np.tile(source.labels, 16)
@@ -259,27 +260,27 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(trained, t
   config = small_config()
   config.data.num_labels = 1
   with pytest.raises(UserError, match='All labels in the first batch of HALVES are 0'):
-    training.train_classifier(config, workdir)
+    run_lib.train_classifier(config, workdir)
   config = small_config()
   config.data.dataset = 'MNIST5K'
   del config.data.num_labels
   config.data.image_size = 28
   with pytest.raises(UserError, match=r'has the label \d, but classifier.num_classes=2'):
-    training.train_classifier(config, workdir)
+    run_lib.train_classifier(config, workdir)
   config = small_config()
   config.classifier.name = 'wideresnet_noise_conditional'
   del config.classifier.width
   config.data.image_size = 10
   with pytest.raises(UserError, match='cannot halve images of 10x10 pixels twice'):
-    training.train_classifier(config, workdir)
+    run_lib.train_classifier(config, workdir)
   assert not workdir.exists()
 
   config = small_config()
   config.classifier.lr = 1e-4
   with pytest.raises(UserError, match=r'another configuration: classifier.lr \(was 0.01'):
-    training.train_classifier(config, trained)
+    run_lib.train_classifier(config, trained)
   with pytest.raises(UserError, match='holds a run of a classifier, not of a score network'):
-    check_run(configuration.prepare(small_config()), trained)
+    check_run(prepare(small_config()), trained)
 
 
 def test_digit_classifier_that_comes_with_the_repository_has_its_recorded_accuracy():

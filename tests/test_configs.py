@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import table
 from models import utils
-from runtime import configuration
+from modes.preparation import prepare
 
 # Numbers of parameters. The first is the published one: the PyTorch port of NCSN++ (cont.) counts
 # 62,758,915 too, with the 128 frequencies that are not trained. Ho et al. give 35.7M and 114M for
@@ -35,7 +35,7 @@ def config_of(name):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', table.names())
 def test_every_configuration_file_is_valid_at_full_size(name):
-  config = configuration.prepare(config_of(name))
+  config = prepare(config_of(name))
   # Evaluation finds the checkpoints that it asks for.
   assert config.eval.end_ckpt * config.training.snapshot_freq <= config.training.n_iters
 

@@ -5,7 +5,8 @@ import pytest
 
 from configs.ve.ncsn import cifar10
 from configs.vp import mnist_ddpmpp_continuous
-from runtime import configuration, workdir
+from modes.preparation import prepare
+from runtime import workdir
 from runtime.errors import UserError
 
 BAD = [
@@ -49,7 +50,7 @@ def test_bad_field_is_refused_in_a_sentence(field, value, message):
   with config.unlocked(), config.ignore_type():
     config[section][key] = value
   with pytest.raises(UserError, match=message) as raised:
-    configuration.prepare(config)
+    prepare(config)
   assert '\n' not in str(raised.value)
 
 
@@ -58,41 +59,41 @@ def test_combinations_that_cannot_work_are_refused(monkeypatch):
   config.sampling.predictor = 'ancestral_sampling'
   config.sampling.probability_flow = True
   with pytest.raises(UserError, match='ancestral_sampling has no probability flow'):
-    configuration.prepare(config)
+    prepare(config)
 
   config = mnist_ddpmpp_continuous.get_config()
   config.training.sde = 'subvpsde'
   config.training.continuous = False
   with pytest.raises(UserError, match='subVPSDE has no discrete training objective'):
-    configuration.prepare(config)
+    prepare(config)
 
   config = mnist_ddpmpp_continuous.get_config()
   config.training.continuous = False
   config.training.likelihood_weighting = True
   with pytest.raises(UserError, match='needs training.continuous=True'):
-    configuration.prepare(config)
+    prepare(config)
 
   config = cifar10.get_config()
   config.model.normalization = 'InstanceNorm'
   with pytest.raises(UserError, match="model.normalization='InstanceNorm' is not for the network"):
-    configuration.prepare(config)
+    prepare(config)
 
   config = mnist_ddpmpp_continuous.get_config()
   config.sampling.predictor = 'none'
   with pytest.raises(UserError, match='never ask the network'):
-    configuration.prepare(config)
+    prepare(config)
 
   config = mnist_ddpmpp_continuous.get_config()
   monkeypatch.setattr(jax, 'device_count', lambda: 5)
   with pytest.raises(UserError, match='batch_size=32 cannot be split over 5 devices'):
-    configuration.prepare(config)
+    prepare(config)
 
 
 def test_absent_sections_and_keys_take_the_common_defaults():
   config = mnist_ddpmpp_continuous.get_config()
   del config.training.n_jitted_steps
   del config.eval
-  complete = configuration.prepare(config)
+  complete = prepare(config)
   assert complete.training.n_jitted_steps == 5
   assert complete.eval.batch_size == 1024
 

@@ -13,12 +13,12 @@ import datasets
 import run_lib
 import sampling
 import sde_lib
-from losses import State
 from models.classifier import classifier_score
 from runtime.errors import UserError
 from samplers import few_step
 from tests import golden_values as golden
 from tests import tiny_config
+from train_state import State
 
 
 @pytest.mark.slow

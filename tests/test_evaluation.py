@@ -18,7 +18,8 @@ import pytest
 import datasets
 import evaluation
 import metrics
-from runtime import configuration
+from modes import stats as stats_mode
+from modes.preparation import prepare
 from runtime.errors import UserError
 from tests import test_inception, tiny_config
 from tests.golden_values import assert_close, load
@@ -27,7 +28,7 @@ from tests.test_import import write_pth
 
 @pytest.fixture
 def config(tmp_path):
-  config = configuration.prepare(tiny_config.get_config())
+  config = prepare(tiny_config.get_config())
   config.eval.stats_path = str(tmp_path / 'stats.npz')
   return config
 
@@ -40,10 +41,10 @@ def extractor(config):
 @pytest.fixture(scope='module')
 def of_the_test_split(tmp_path_factory):
   """A file of statistics, 500 images."""
-  config = configuration.prepare(tiny_config.get_config())
+  config = prepare(tiny_config.get_config())
   config.eval.stats_split = 'test'
   config.eval.stats_path = str(tmp_path_factory.mktemp('stats') / 'stats.npz')
-  return evaluation.write_stats(config)
+  return stats_mode.write_stats(config)
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_statistics_are_of_each_image_once_as_it_is(config, extractor):
   """4,500 images, which is no multiple of what the devices take at a time."""
   config.data.random_flip = True
   config.data.uniform_dequantization = True
-  path = evaluation.write_stats(config)
+  path = stats_mode.write_stats(config)
   stats = evaluation.load_dataset_stats(config, extractor)
   features = np.float64(features_of(extractor, 'train'))
   assert stats.count == len(features) == 4500
@@ -286,38 +287,38 @@ def logged(caplog):
 def test_statistics_and_sigma_max_share_one_pass_over_the_training_images(config, counted, caplog):
   caplog.set_level('INFO')
   train = counted(train=400)['train']
-  evaluation.write_stats(config)
+  stats_mode.write_stats(config)
   # The loader reads ahead, past the end, and so the first images again; the very first one is also
   # looked at to see that all others are like it.
   assert train.reads.min() == 1
   assert train.reads[1:].max() <= 2
   assert train.reads[0] <= 3
   shared = logged(caplog)[-1]
-  assert shared == evaluation.sigma_max_line(config)
+  assert shared == stats_mode.sigma_max_line(config)
   assert shared.endswith('# largest distance between 400 training images in [-1, 1]')
 
 
 def test_sigma_max_of_a_part_of_the_images_says_so(config, counted, monkeypatch):
   """The part is bounded in number and in bytes, drawn by the seed, and read alone."""
   train = counted(train=400)['train']
-  exact = float(evaluation.sigma_max_line(config).split()[2])
+  exact = float(stats_mode.sigma_max_line(config).split()[2])
   train.reads[:] = 0
   for number, most, expected in ((50, 2**28, 50), (400, 28 * 28 * 70, 70)):
     config.eval.sigma_max_images = number
-    monkeypatch.setattr(evaluation, '_SIGMA_MAX_BYTES', most)
-    line = evaluation.sigma_max_line(config)
+    monkeypatch.setattr(stats_mode, '_SIGMA_MAX_BYTES', most)
+    line = stats_mode.sigma_max_line(config)
     assert line.endswith(
       f'largest distance between {expected} of 400 training images in [-1, 1]; '
       f'that of all may be larger'
     )
     assert 0.8 * exact < float(line.split()[2]) <= exact
     assert train.reads.sum() == expected
-    assert line == evaluation.sigma_max_line(config)
+    assert line == stats_mode.sigma_max_line(config)
     train.reads[:] = 0
   config.seed += 1
-  evaluation.sigma_max_line(config)
+  stats_mode.sigma_max_line(config)
   config.seed -= 1
-  evaluation.sigma_max_line(config)
+  stats_mode.sigma_max_line(config)
   assert (train.reads == 1).any()  # another seed, other images
 
 
@@ -328,11 +329,11 @@ def test_statistics_of_the_test_split_read_only_the_sample_of_the_training_image
   config.eval.stats_split = 'test'
   config.eval.sigma_max_images = 30
   splits = counted(train=400, test=64)
-  evaluation.write_stats(config)
+  stats_mode.write_stats(config)
   assert splits['train'].reads.sum() == 30
   assert 'between 30 of 400 training images' in logged(caplog)[-1]
   config.eval.sigma_max_images = 0
-  evaluation.write_stats(config)
+  stats_mode.write_stats(config)
   assert splits['train'].reads.sum() == 30
   assert 'sigma_max' not in logged(caplog)[-1]
 
@@ -347,14 +348,14 @@ def test_without_features_the_numbers_are_the_same_and_memory_does_not_grow(
     return outputs | {'pool_3': jax.numpy.tile(outputs['pool_3'], (1, 32))}
 
   wide = dataclasses.replace(extractor, num_features=256, forward=forward, batch_size=50)
-  monkeypatch.setattr(evaluation, 'get_extractor', lambda config: wide)
-  monkeypatch.setattr(evaluation, '_BLOCK', 64)
+  monkeypatch.setattr(stats_mode, 'get_extractor', lambda config: wide)
+  monkeypatch.setattr(stats_mode, '_BLOCK', 64)
   config.eval.sigma_max_images = 0
 
   def made(count, keep):
     config.eval.stats_features = keep
     counted(train=count)
-    return arrays(evaluation.write_stats(config))
+    return arrays(stats_mode.write_stats(config))
 
   def peak(count):
     tracemalloc.start()
@@ -375,7 +376,7 @@ def test_without_features_the_numbers_are_the_same_and_memory_does_not_grow(
 def test_the_floor_compares_every_second_image_with_the_others():
   """Also where a batch ends in between."""
   features = np.random.RandomState(0).randn(301, 8).astype(np.float32)
-  streamed = evaluation._Features(8, 301, False)
+  streamed = stats_mode._Features(8, 301, False)
   for part in np.split(features, [3, 4, 150, 299]):
     streamed.add(part)
     streamed.finish()
@@ -391,7 +392,7 @@ def test_what_statistics_cannot_be_made_of_is_refused(config, counted, tmp_path)
     with config.unlocked():
       before, config.eval[key] = config.eval[key], value
     with pytest.raises(UserError, match=message):
-      evaluation.write_stats(config)
+      stats_mode.write_stats(config)
     config.eval[key] = before
 
   refused("stats_split='valid' must be 'train' or 'test'", value='valid')
@@ -417,7 +418,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(config, tmp_path):
   (tmp_path / 'file').write_text('')
   config.eval.stats_path = str(tmp_path / 'file' / 'stats.npz')
   with pytest.raises(UserError, match=r'nothing can be written to .*choose another folder'):
-    evaluation.write_stats(config)
+    stats_mode.write_stats(config)
 
 
 def test_missing_or_wrong_inception_weights_are_named(monkeypatch, tmp_path):
@@ -484,14 +485,14 @@ def test_sigma_max_is_the_largest_distance():
   flat = np.float64(images.reshape(50, -1))
   expected = np.sqrt(((flat[:, None] - flat[None]) ** 2).sum(-1).max())
   for block in (50, 7, 1):
-    actual = evaluation.largest_distance(images, block_bytes=4 * 72 * block)
+    actual = stats_mode.largest_distance(images, block_bytes=4 * 72 * block)
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
 def test_sigma_max_is_in_the_scale_of_the_network(config):
   lines = []
   for config.data.centered in (False, True):
-    lines.append(evaluation.sigma_max_line(config))
+    lines.append(stats_mode.sigma_max_line(config))
   distances = [float(line.split()[2]) for line in lines]
   assert lines[0].startswith('config.model.sigma_max = ')
   assert lines[0].endswith('largest distance between 4500 training images in [0, 1]')

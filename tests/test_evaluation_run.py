@@ -17,10 +17,14 @@ import losses
 import run_lib
 import sampling
 import sde_lib
+import train_state
 from modes import evaluate as evaluation_run
+from modes import stats as stats_mode
+from modes.preparation import prepare
 from runtime import configuration
 from runtime.checkpoints import CheckpointDirectory, CheckpointReader
 from runtime.errors import UserError
+from runtime.rng import stream
 from tests import tiny_config
 from tests.test_train import finish, run, start, wait_for
 
@@ -39,10 +43,10 @@ def trained(tmp_path_factory):
   """Four checkpoints, and the statistics of the test split, which are quick to make."""
   workdir = tmp_path_factory.mktemp('trained')
   run(workdir, '--config.training.snapshot_sampling=False')
-  config = configuration.prepare(tiny_config.get_config())
+  config = prepare(tiny_config.get_config())
   config.eval.stats_path = str(workdir / 'stats.npz')
   config.eval.stats_split = 'test'
-  evaluation.write_stats(config)
+  stats_mode.write_stats(config)
   return workdir
 
 
@@ -110,8 +114,8 @@ def test_evaluation_leaves_the_documented_files(uninterrupted):
 
 def restored(workdir, number):
   """The configuration, SDE, network and state of a checkpoint."""
-  config = configuration.prepare(tiny_config.get_config())
-  model, like = losses.abstract_state(config)
+  config = prepare(tiny_config.get_config())
+  model, like = train_state.abstract_state(config)
   with CheckpointDirectory(workdir / 'checkpoints') as directory:
     return config, sde_lib.get_sde(config), model, directory.restore(number, like)
 
@@ -121,7 +125,7 @@ def test_the_loss_counts_every_test_image_once(trained, uninterrupted):
   config, sde, model, state = restored(trained, 4)
   _, dataset, _ = datasets.get_dataset(config, evaluation=True)
   step_fn = losses.build_step_fn(config, sde, model, train=False)
-  root = jax.random.fold_in(configuration.stream(config, 'eval'), 40)
+  root = jax.random.fold_in(stream(config.seed, 'eval'), 40)
 
   @jax.jit
   def loss(rng, images):
@@ -144,7 +148,7 @@ def test_bits_per_dim_are_a_mean_over_each_test_image_twice(trained, uninterrupt
   config, sde, model, state = restored(trained, 4)
   inverse_scaler = datasets.get_data_inverse_scaler(config)
   likelihood_fn = likelihood.from_config(config, sde, model, inverse_scaler)
-  root = jax.random.fold_in(configuration.stream(config, 'bpd'), 40)
+  root = jax.random.fold_in(stream(config.seed, 'bpd'), 40)
   images = datasets.get_source(config, 'test').images
   expected, _, _ = likelihood_fn(jax.random.fold_in(root, 9), state, images[64:128])
   np.testing.assert_allclose(bpd[9], expected, rtol=1e-5)
@@ -167,7 +171,7 @@ def test_bits_per_dim_below_zero_come_with_a_warning(trained, tmp_path):
 
 def test_samples_are_those_of_the_configured_sampler(trained, uninterrupted):
   """The numbers of the report belong to the samples beside it."""
-  config = configuration.prepare(tiny_config.get_config())
+  config = prepare(tiny_config.get_config())
   config.eval.stats_path, config.eval.stats_split = str(trained / 'stats.npz'), 'test'
   extractor = evaluation.get_extractor(config)
   of_data = evaluation.load_dataset_stats(config, extractor)
@@ -383,7 +387,7 @@ def test_an_evaluation_that_recorded_all_settings_of_sampling_continues(
   workdir = tmp_path / 'run'
   shutil.copytree(uninterrupted.parent, workdir)
   meta = json.loads((workdir / 'eval/meta.json').read_text())
-  flat = configuration.flatten(configuration.prepare(tiny_config.get_config()))
+  flat = configuration.flatten(prepare(tiny_config.get_config()))
   sampling_settings = {key: value for key, value in flat.items() if key.startswith('sampling.')}
   meta['settings']['sampling'] |= sampling_settings
   (workdir / 'eval/meta.json').write_text(json.dumps(meta))
@@ -464,7 +468,7 @@ def test_samples_that_are_not_finite_stop_it_before_they_are_written(workdir, mo
   config.eval.begin_ckpt = config.eval.end_ckpt = 4
   config.eval.enable_sampling, config.eval.enable_loss = True, False
   config.eval.extractor = 'none'
-  config = configuration.prepare(config)
+  config = prepare(config)
   monkeypatch.setattr(sampling, 'get_sampling_fn', broken)
   with pytest.raises(FloatingPointError, match='samples of the checkpoint of step 40'):
     evaluation_run.evaluate(config, workdir, 'eval')

@@ -12,9 +12,10 @@ import datasets
 import losses
 import sampling
 import sde_lib
+import train_state
 from configs.vp import mnist_ddpmpp_continuous
 from models import utils
-from runtime import configuration
+from modes.preparation import prepare
 from runtime.registry import Registry
 
 
@@ -100,7 +101,7 @@ def config():
   config.sampling.corrector = 'small_step'
   config.optim.lr = 0.02
   config.optim.warmup = 0
-  return configuration.prepare(config)
+  return prepare(config)
 
 
 def test_loss_optimizer_data_and_sampler_work_with_everything_replaced(config):
@@ -108,7 +109,7 @@ def test_loss_optimizer_data_and_sampler_work_with_everything_replaced(config):
   sde = sde_lib.get_sde(config)
   assert isinstance(sde, ConstantBetaSDE)
   assert sde.N == 1000
-  model, state = losses.init_state(jax.random.PRNGKey(0), config)
+  model, state = train_state.init_state(jax.random.PRNGKey(0), config)
   step_fn = jax.jit(
     losses.get_step_fn(sde, model, True, losses.optimization_manager(config), reduce_mean=True)
   )

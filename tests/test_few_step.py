@@ -9,7 +9,7 @@ import sampling
 import sde_lib
 from configs.vp import mnist_ddpmpp_continuous
 from losses import init_state
-from runtime import configuration
+from modes.preparation import prepare
 from runtime.errors import UserError
 from samplers import few_step
 from sde_lib import batch_mul
@@ -106,7 +106,7 @@ def test_configured_method_counts_its_network_calls(method):
   config = tiny_config.get_config()
   config.sampling.method = method
   config.sampling.n_steps = 4
-  config = configuration.prepare(config)
+  config = prepare(config)
   sde = sde_lib.get_sde(config)
   model, state = init_state(jax.random.PRNGKey(0), config)
   calls = []
@@ -138,4 +138,4 @@ def test_bad_settings_are_refused_before_compilation(overrides, message):
   config.sampling.method = 'ddim'
   config.sampling.update(overrides)
   with pytest.raises(UserError, match=message):
-    configuration.prepare(config)
+    prepare(config)

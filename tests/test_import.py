@@ -24,12 +24,14 @@ import safetensors.numpy
 
 import losses
 import run_lib
+import train_state
 from configs.ve import mnist_ncsnpp_continuous
 from configs.ve.ncsnv2 import cifar10 as cifar10_ncsnv2
 from configs.vp.ddpm import cifar10 as cifar10_ddpm
 from models import utils as mutils
 from modes import convert as conversion
-from runtime import configuration, torch_file
+from modes.preparation import prepare
+from runtime import torch_file
 from runtime.checkpoints import CheckpointDirectory
 from runtime.errors import UserError
 from tests import golden_values as golden
@@ -52,19 +54,19 @@ def ncsnpp_config(image_size=28):
   config.optim.lr = 2e-4
   config.optim.warmup = 5000
   config.training.n_jitted_steps = 1
-  return configuration.prepare(config)
+  return prepare(config)
 
 
 def ddpm_config():
   config = cifar10_ddpm.get_config()
   config.data.image_size = 8
   config.model.update(nf=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,))
-  return configuration.prepare(config)
+  return prepare(config)
 
 
 def known_state(config):
   """A state whose every leaf is another function of its path."""
-  like = losses.abstract_state(config)[1]
+  like = train_state.abstract_state(config)[1]
 
   def filled(prefix):
     flat = {f'{prefix}{path}': leaf for path, leaf in golden.flatten(like.params).items()}
@@ -380,7 +382,7 @@ def test_ncsnv2_of_the_port_becomes_the_same_state(network, tmp_path):
   config = cifar10_ncsnv2.get_config()
   config.data.image_size = 8
   config.model.update(name=network, nf=4)
-  config = configuration.prepare(config)
+  config = prepare(config)
   state = known_state(config)
   paths = list(golden.flatten(state.params))
   names = {path: conversion._ncsnv2_name(path, paths) for path in paths}
@@ -409,41 +411,41 @@ def test_gaps_in_the_module_list_and_no_moments_are_understood(tmp_path):
 def test_import_evaluates_export_and_import_again(flax_file, tmp_path):
   config = tiny_config.get_config()
   state = known_state(config)
-  conversion.import_checkpoint(config, str(tmp_path / 'a'), flax_file)
-  like = losses.abstract_state(config)[1]
+  run_lib.import_checkpoint(config, str(tmp_path / 'a'), flax_file)
+  like = train_state.abstract_state(config)[1]
   with CheckpointDirectory(tmp_path / 'a' / 'checkpoints') as snapshots:
     assert snapshots.numbers() == [1001]  # step 10002 of one every 10 steps, rounded up
     assert_same(snapshots.restore(1001, like), state)
   assert json.loads((tmp_path / 'a' / 'config.json').read_text())['model']['name'] == 'tiny'
 
-  path = conversion.export_checkpoint(config, str(tmp_path / 'a'))
+  path = run_lib.export_checkpoint(config, str(tmp_path / 'a'))
   assert path.name == f'export_{STEP}.safetensors'
   arrays = safetensors.numpy.load_file(path)
   np.testing.assert_array_equal(
     arrays['params/Conv_0/kernel'], state.params_ema['Conv_0']['kernel']
   )
-  again = conversion.import_checkpoint(config, str(tmp_path / 'b'), str(path))
+  again = run_lib.import_checkpoint(config, str(tmp_path / 'b'), str(path))
   assert_same(again.params, state.params_ema)
   assert_same(again.params_ema, state.params_ema)
   assert (int(again.step), int(adam_of(again)['count'])) == (STEP, 0)
 
   with pytest.raises(UserError, match='already has checkpoints'):
-    conversion.import_checkpoint(config, str(tmp_path / 'a'), flax_file)
+    run_lib.import_checkpoint(config, str(tmp_path / 'a'), flax_file)
   with pytest.raises(UserError, match='exists'):
-    conversion.export_checkpoint(config, str(tmp_path / 'a'))
+    run_lib.export_checkpoint(config, str(tmp_path / 'a'))
   with pytest.raises(UserError, match='checkpoint_number=3 is not in .* it has .1001'):
-    conversion.export_checkpoint(config, str(tmp_path / 'a'), str(tmp_path / 'x'), 3)
+    run_lib.export_checkpoint(config, str(tmp_path / 'a'), str(tmp_path / 'x'), 3)
   with pytest.raises(UserError, match='holds no checkpoint'):
-    conversion.export_checkpoint(config, str(tmp_path / 'nothing'))
+    run_lib.export_checkpoint(config, str(tmp_path / 'nothing'))
   config.model.width = 16
   with pytest.raises(UserError, match='another configuration'):
-    conversion.export_checkpoint(config, str(tmp_path / 'a'), str(tmp_path / 'x'))
+    run_lib.export_checkpoint(config, str(tmp_path / 'a'), str(tmp_path / 'x'))
 
 
 @pytest.mark.slow
 def test_training_goes_on_from_an_imported_checkpoint(flax_file, tmp_path):
   config = tiny_config.get_config()
-  conversion.import_checkpoint(config, str(tmp_path / 'run'), flax_file)
+  run_lib.import_checkpoint(config, str(tmp_path / 'run'), flax_file)
   config.training.n_iters = STEP + 3
   config.training.snapshot_sampling = False
   run_lib.train(config, str(tmp_path / 'run'))
@@ -493,7 +495,7 @@ def test_without_an_optimizer_adam_starts_anew_and_says_so(optimizer, port, tmp_
   if optimizer == 'absent':
     del content['optimizer']
   read = conversion.read_state(config, write_pth(tmp_path / 'c.pth', content))
-  fresh = losses.first_state(config, {}, state.params)
+  fresh = train_state.first_state(config, {}, state.params)
   assert_same(adam_of(read), adam_of(fresh))
   assert_same((read.params, read.params_ema), (state.params, state.params_ema))
   assert int(read.step) == STEP
@@ -620,7 +622,7 @@ def refused(config, file, tmp_path):
   """The sentence that an import ends with; it leaves nothing."""
   workdir = tmp_path / 'untouched' / 'run'
   with pytest.raises(UserError) as error:
-    conversion.import_checkpoint(config, str(workdir), file)
+    run_lib.import_checkpoint(config, str(workdir), file)
   assert not workdir.parent.exists()
   return str(error.value)
 
@@ -844,8 +846,8 @@ def test_command_line_imports_and_refuses_in_a_sentence(flax_file, tmp_path):
 
 def test_an_export_is_refused_under_another_sde_than_its_own(flax_file, tmp_path):
   config = tiny_config.get_config()
-  conversion.import_checkpoint(config, str(tmp_path / 'a'), flax_file)
-  path = conversion.export_checkpoint(config, str(tmp_path / 'a'))
+  run_lib.import_checkpoint(config, str(tmp_path / 'a'), flax_file)
+  path = run_lib.export_checkpoint(config, str(tmp_path / 'a'))
   for name, value, message in (
     ('beta_max', 10.0, 'trained with model.beta_max=20, and the configuration says 10'),
     ('num_scales', 30, 'trained with model.num_scales=5, .* add --config.model.num_scales=5'),
@@ -853,4 +855,4 @@ def test_an_export_is_refused_under_another_sde_than_its_own(flax_file, tmp_path
     other = tiny_config.get_config()
     other.model[name] = value
     with pytest.raises(UserError, match=message):
-      conversion.read_state(configuration.prepare(other), str(path))
+      conversion.read_state(prepare(other), str(path))

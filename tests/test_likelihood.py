@@ -10,12 +10,12 @@ import datasets
 import likelihood
 import sampling
 import sde_lib
-from losses import State
 from runtime.errors import UserError
 from samplers import latents, ode_solver
 from sde_lib import batch_mul
 from tests import golden_values as golden
 from tests.test_extension import ConstantBetaSDE
+from train_state import State
 
 SDES = [
   sde_lib.VPSDE(),

@@ -9,8 +9,9 @@ import pytest
 import losses
 import sampling
 import sde_lib
+import train_state
 from models import layers, ncsnpp, refinenet, utils
-from runtime import configuration
+from modes.preparation import prepare
 from runtime.errors import UserError
 from tests import golden_values as golden
 
@@ -147,10 +148,10 @@ def test_reduced_configuration_trains_a_step_and_samples_two(name, overrides):
   config.optim.warmup = 0
   config.model.beta_max = 1.0  # so that two steps are enough for the VP chain
   config.model.num_scales = 2
-  config = configuration.prepare(config)
+  config = prepare(config)
   sde = sde_lib.get_sde(config)
   model, model_state, shapes = utils.abstract_model(config)
-  state = losses.first_state(config, model_state, golden.filled_like(shapes))
+  state = train_state.first_state(config, model_state, golden.filled_like(shapes))
   size = config.data.image_size
   images = jax.random.uniform(jax.random.PRNGKey(1), (4, size, size, config.data.num_channels))
   step_fn = losses.get_step_fn(

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 import datasets
-import run_lib
 import sde_lib
 from configs.vp import mnist_ddpmpp_continuous
 from losses import init_state
 from models import utils
-from runtime import configuration, parallelism
+from modes import train as train_mode
+from modes.preparation import prepare
+from runtime import parallelism
 from runtime.errors import UserError
 from tests import golden_values as golden
 
@@ -92,7 +93,7 @@ def test_unknown_dtype_is_refused_by_name():
   config = mnist_ddpmpp_continuous.get_config()
   config.model.dtype = 'float8'
   with pytest.raises(UserError, match=r"model.dtype 'float8': choose one of float32, bfloat16"):
-    configuration.prepare(config)
+    prepare(config)
 
 
 @pytest.mark.slow
@@ -100,10 +101,10 @@ def test_training_in_bfloat16_is_stable_for_200_steps():
   config = mnist_ddpmpp_continuous.get_config()
   config.model.dtype = 'bfloat16'
   config.training.batch_size = 8
-  config = configuration.prepare(config)
+  config = prepare(config)
   train_ds, _, _ = datasets.get_dataset(config)
   model, state = init_state(jax.random.PRNGKey(0), config)
-  train_step = run_lib.compile_train_step(
+  train_step = train_mode.compile_train_step(
     config, sde_lib.get_sde(config), model, train_ds.preprocess
   )
   state = parallelism.replicate(state)  # as every later state is: one compilation

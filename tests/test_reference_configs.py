@@ -8,6 +8,7 @@ import pytest
 
 import sde_lib
 from models import utils
+from modes.preparation import prepare
 from runtime import configuration
 from runtime.errors import UserError
 from tests.golden_values import GOLDEN, configure
@@ -112,7 +113,7 @@ def ours(name):
 def has_field(name, key):
   """Whether the network or the SDE of the configuration has the field."""
   config = ours(name)
-  fields = utils.model_fields(config['model.name']) | sde_lib.sde_fields(config['training.sde'])
+  fields = utils.MODELS.fields(config['model.name']) | sde_lib.SDES.fields(config['training.sde'])
   return key.removeprefix('model.') in fields
 
 
@@ -176,8 +177,8 @@ def with_key(name, key, value):
   ],
 )
 def test_keys_of_the_reference_that_nothing_reads_are_accepted(key, value):
-  config = configuration.prepare(with_key('vp/cifar10_ddpmpp_continuous', key, value))
-  plain = configuration.prepare(configure('vp/cifar10_ddpmpp_continuous', {}))
+  config = prepare(with_key('vp/cifar10_ddpmpp_continuous', key, value))
+  plain = prepare(configure('vp/cifar10_ddpmpp_continuous', {}))
   kept = configuration.flatten(config)
   kept.pop('data.tfrecords_path', None)  # read by the data sets of the tools that made the files
   assert kept == configuration.flatten(plain)
@@ -197,4 +198,4 @@ def test_keys_of_the_reference_that_nothing_reads_are_accepted(key, value):
 )
 def test_keys_of_the_reference_with_a_value_that_would_be_ignored_are_refused(key, value, message):
   with pytest.raises(UserError, match=message):
-    configuration.prepare(with_key('vp/cifar10_ddpmpp_continuous', key, value))
+    prepare(with_key('vp/cifar10_ddpmpp_continuous', key, value))

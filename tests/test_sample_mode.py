@@ -18,10 +18,10 @@ import run_lib
 import sampling
 import sde_lib
 from configs.default_cifar10_configs import get_default_configs
-from losses import State
-from runtime import configuration
+from modes.preparation import prepare
 from runtime.errors import UserError
 from tests import tiny_config
+from train_state import State
 
 METHODS = {
   'pc': {'predictor': 'reverse_diffusion', 'corrector': 'langevin'},
@@ -49,7 +49,7 @@ def sampler_of(method, **options):
   config.sampling.method = method
   config.sampling.update(METHODS[method])
   sde = sde_lib.get_sde(config)
-  config = configuration.prepare(config)
+  config = prepare(config)
   method = sampling.get_method(config, sde)
   return sampling.get_sampler(method, sde, Exact(), SHAPE, lambda x: x, True, **options)
 
@@ -210,7 +210,7 @@ def sample(workdir, **overrides):
 
 def test_sample_mode_writes_what_was_given_the_results_and_a_report(trained):
   directory = sample(trained, task='inpaint', trajectory_every=2)
-  config = configuration.prepare(tiny_config.get_config())
+  config = prepare(tiny_config.get_config())
   source = datasets.get_source(config, 'test')
   with np.load(directory / 'samples_1.npz') as file:
     assert file['samples'].shape == (2, 28, 28, 1)  # of six in rounds of four

@@ -14,15 +14,16 @@ import likelihood
 import losses
 import sampling
 import sde_lib
-from losses import State
+import train_state
 from models import utils
 from models.classifier import classifier_score
-from runtime import configuration
+from modes.preparation import prepare
 from runtime.errors import UserError
 from runtime.rng import key_shape
 from samplers import few_step
 from tests import tiny_config
 from tests.test_extension import ConstantBetaSDE
+from train_state import State
 
 SHAPE = (4, 4, 4, 3)
 VP = sde_lib.VPSDE(N=30, beta_max=10.0)
@@ -152,7 +153,7 @@ TAKE_A_KEY = {
   'discrete loss': loss(continuous=False),
   'loss with dropout': loss_with_dropout,
   'init_model': lambda rng: utils.init_model(rng, tiny_config.get_config())[2],
-  'init_state': lambda rng: losses.init_state(rng, tiny_config.get_config())[1].params,
+  'init_state': lambda rng: train_state.init_state(rng, tiny_config.get_config())[1].params,
   'create_classifier': lambda rng: utils.create_classifier(rng, 1, name='three_classes')[1],
   **{
     f'{type(sde).__name__}.prior_sampling': lambda rng, sde=sde: sde.prior_sampling(rng, (2, 3))
@@ -264,7 +265,7 @@ def method_of(**settings):
   config = tiny_config.get_config()
   config.model.beta_max = 1.0
   config.sampling.update({'n_steps': 3, 'method': 'pc', **settings})
-  config = configuration.prepare(config)
+  config = prepare(config)
   return sampling.get_method(config, sde_lib.get_sde(config))
 
 

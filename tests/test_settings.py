@@ -9,13 +9,14 @@ import pytest
 import sampling
 import sde_lib
 from configs.vp import mnist_ddpmpp_continuous
+from modes.preparation import prepare
 from runtime import configuration
 from runtime.settings import read_keys
 
 
 @pytest.fixture
 def config():
-  return configuration.prepare(mnist_ddpmpp_continuous.get_config())
+  return prepare(mnist_ddpmpp_continuous.get_config())
 
 
 def sampling_keys(config):

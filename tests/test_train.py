@@ -15,8 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-import losses
 import run_lib
+import train_state
+from modes import train as train_mode
 from runtime import checkpoints, parallelism
 from runtime.checkpoints import CheckpointDirectory
 from tests import tiny_config
@@ -71,7 +72,7 @@ def history(workdir):
 
 
 def final_state(workdir):
-  _, like = losses.abstract_state(tiny_config.get_config())
+  _, like = train_state.abstract_state(tiny_config.get_config())
   with CheckpointDirectory(workdir / 'checkpoints-meta') as latest:
     return checkpoints.restore_newest([latest], like)
 
@@ -197,8 +198,8 @@ def test_fused_steps_agree_with_single_steps():
   batches = [train_ds.batch(step)['image'] for step in range(5)]
   results = []
   for fused in (False, True):
-    model, state = losses.init_state(jax.random.PRNGKey(0), config)
-    step = run_lib.compile_train_step(config, sde, model, train_ds.preprocess, fused)
+    model, state = train_state.init_state(jax.random.PRNGKey(0), config)
+    step = train_mode.compile_train_step(config, sde, model, train_ds.preprocess, fused)
     results.append(step(parallelism.replicate(state), batches))
   for a, b in zip(*map(jax.tree.leaves, results), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
@@ -255,7 +256,7 @@ def test_divergence_stops_with_step_and_metric_and_keeps_the_checkpoints(tmp_pat
   bad = jax.tree.map(lambda x: x * 1e30, state.params)
   shutil.rmtree(tmp_path / 'checkpoints-meta')
   with CheckpointDirectory(tmp_path / 'checkpoints-meta') as directory:
-    directory.save(11, state.replace(step=state.step + 1, params=bad))
+    directory.save(11, int(state.step) + 1, state.replace(step=state.step + 1, params=bad))
   process = start(tmp_path)
   output, _ = process.communicate(timeout=300)
   assert process.returncode == 1

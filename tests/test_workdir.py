@@ -16,7 +16,8 @@ import datasets
 import run_lib
 from models import classifier
 from modes import convert as conversion
-from runtime import configuration, reporting
+from modes.preparation import prepare
+from runtime import reporting
 from runtime import workdir as workdirs
 from runtime.checkpoints import CheckpointReader
 from runtime.errors import UserError
@@ -130,12 +131,9 @@ def test_tilde_in_workdir_is_the_home_directory(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   run_lib.train(config_of(training__n_iters=1), '~/run')
   assert [path.name for path in tmp_path.iterdir()] == ['run']
-  path = conversion.export_checkpoint(config_of(), '~/run', '~/weights.safetensors')
+  path = run_lib.export_checkpoint(config_of(), '~/run', '~/weights.safetensors')
   assert path == tmp_path / 'weights.safetensors'
-  assert (
-    int(conversion.read_state(configuration.prepare(config_of()), '~/weights.safetensors').step)
-    == 1
-  )
+  assert int(conversion.read_state(prepare(config_of()), '~/weights.safetensors').step) == 1
   shutil.copy(datasets.ASSETS / 'mnist5k_classifier.safetensors', tmp_path / 'mine')
   assert classifier.load_classifier('~/mine').image_shape == (28, 28, 1)
 
@@ -197,7 +195,7 @@ def test_settings_that_are_newer_than_a_run_have_their_defaults_in_it(trained, t
   del recorded['training']['likelihood_weighting']
   del recorded['eval']
   (tmp_path / 'config.json').write_text(json.dumps(recorded))
-  config = configuration.prepare(config_of())
+  config = prepare(config_of())
   workdirs.check_run(config, tmp_path)
   config.training.likelihood_weighting = True
   with pytest.raises(UserError, match=r'likelihood_weighting \(was False, is True\)'):
@@ -336,6 +334,7 @@ def test_two_processes_of_one_run_agree_on_a_checkpoint_that_one_of_them_cannot_
     'import pathlib, sys, jax\n'
     'jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))\n'
     'import losses\n'
+    'from runtime import checkpoints\n'
     'from runtime.checkpoints import CheckpointReader, DamagedCheckpoint\n'
     'from tests import tiny_config\n'
     'read = CheckpointReader._read\n'
@@ -343,7 +342,7 @@ def test_two_processes_of_one_run_agree_on_a_checkpoint_that_one_of_them_cannot_
     '  if number == 40 and jax.process_index() == 1: raise DamagedCheckpoint("unreadable here")\n'
     '  return read(self, number, wanted)\n'
     'CheckpointReader._read = broken\n'
-    'like = losses.abstract_state(tiny_config.get_config())[1]\n'
+    'like = train_state.abstract_state(tiny_config.get_config())[1]\n'
     'directory = CheckpointReader(pathlib.Path(sys.argv[3]))\n'
     'print("step", int(checkpoints.restore_newest([directory], like).step))\n'
   )

@@ -1,0 +1,33 @@
+"""The trained network of a run, for the modes that use one."""
+
+import pathlib
+
+import flax.linen as nn
+from absl import logging
+from ml_collections import ConfigDict
+
+import train_state
+from runtime import workdir as workdirs
+from train_state import State
+
+
+def load_weights(
+  config: ConfigDict, workdir: pathlib.Path, number: int | None = None
+) -> tuple[nn.Module, State]:
+  """The network of the run in `workdir` and a saved state, without parameters beside the EMA.
+
+  Args:
+    config: of the run.
+    workdir: its directory.
+    number: which of `checkpoints/`; by default the newest state there is.
+
+  Raises:
+    UserError: if there is no such state, or the run has another configuration.
+  """
+  if workdirs.read_config(workdir) is None:
+    logging.warning(
+      '%s has no config.json: the configuration is taken to be that of the run.', workdir
+    )
+  workdirs.check_run(config, workdir, workdirs.of_model)
+  model, like = train_state.abstract_state(config)
+  return model, workdirs.load_state(workdir, train_state.weights_only(like), number)

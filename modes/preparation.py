@@ -1,0 +1,106 @@
+"""A configuration that is complete and right: checked before anything expensive starts.
+
+The builders that read the configuration refuse what they cannot do; so most of a check is to build
+what the mode will use, without computing anything.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import controllable_generation
+import datasets
+import losses
+import sampling
+import sde_lib
+import train_state
+from models import utils as mutils
+from models.classifier import CLASSIFIERS
+from runtime import configuration
+from runtime.errors import UserError
+
+# Keys that only some data sets read; a configuration may keep them beside another data set.
+_DATA_KEYS = ('tfrecords_path', 'category')
+
+FREQUENCIES = ('log_freq', 'eval_freq', 'snapshot_freq', 'snapshot_freq_for_preemption')
+
+
+def prepare(config: ConfigDict) -> ConfigDict:
+  """The complete configuration: absent keys of the common sections filled in, everything checked.
+
+  Raises:
+    UserError: one sentence on the first thing that is wrong.
+  """
+  config = configuration.complete(config, _registered_keys(config))
+  _check_values(config)
+  return config
+
+
+def _registered_keys(config: ConfigDict) -> dict[str, dict[str, Any]]:
+  """The keys that registered networks, SDEs and data sets read, by section, with an example."""
+  defaults = configuration.get_default_configs()
+
+  def chosen(section: str, key: str) -> Any:
+    values = config.get(section)
+    default = defaults[section][key]
+    return values.get(key, default) if isinstance(values, ConfigDict) else default
+
+  # A configuration may set what another network or SDE reads, as the shared recipes do.
+  model = dict.fromkeys(mutils.MODELS.all_fields() | sde_lib.SDES.all_fields())
+  model |= mutils.MODELS.fields(chosen('model', 'name'))
+  model |= sde_lib.SDES.fields(chosen('training', 'sde'))
+  data = dict.fromkeys([*_DATA_KEYS, *datasets.DATASETS.fields(chosen('data', 'dataset'))])
+  classifier = dict.fromkeys(CLASSIFIERS.fields(chosen('classifier', 'name')))
+  return {'model': model, 'data': data, 'classifier': classifier}
+
+
+def _check_values(config: ConfigDict) -> None:
+  training, optim = config.training, config.optim
+  sde = sde_lib.get_sde(config)
+  train_state.get_optimizer(config)
+  sampling.check(config, sde)
+  controllable_generation.check(config)
+  datasets.check_batch_size(training.batch_size, 'training.batch_size')
+  for name in ('n_iters', 'n_jitted_steps', *FREQUENCIES):
+    if training[name] < 1:
+      raise UserError(f'training.{name}={training[name]} must be at least 1.')
+  for name in FREQUENCIES:
+    if training[name] % training.n_jitted_steps:
+      raise UserError(
+        f'training.n_jitted_steps={training.n_jitted_steps} does not divide '
+        f'training.{name}={training[name]}: choose a multiple of it, or n_jitted_steps=1.'
+      )
+  if optim.lr <= 0 or optim.warmup < 0:
+    raise UserError(
+      f'optim.lr={optim.lr} must be positive and optim.warmup={optim.warmup} not negative.'
+    )
+  if not 0 <= config.model.ema_rate < 1:
+    raise UserError(f'model.ema_rate={config.model.ema_rate} must be in [0, 1).')
+  _check_classifier(config.classifier)
+  # The network refuses shapes that do not fit in an abstract pass, the objective what it cannot do.
+  model, _, _ = mutils.abstract_model(config)
+  losses.build_step_fn(config, sde, model, train=False)
+  if not training.continuous:
+    x, labels = jnp.zeros((1, 1)), jnp.zeros(1, int)
+    sde.perturb_discrete(x, x, labels)
+
+
+def _check_classifier(classifier: ConfigDict) -> None:
+  CLASSIFIERS.get(classifier.name)
+  counts = ('num_classes', 'blocks_per_group', 'channel_multiplier', 'embedding_size')
+  for name in (*counts, 'batch_size', 'n_iters'):
+    if classifier[name] < 1:
+      raise UserError(f'classifier.{name}={classifier[name]} must be at least 1.')
+  if classifier.lr <= 0 or classifier.warmup < 0 or classifier.weight_decay < 0:
+    raise UserError(
+      f'classifier.lr={classifier.lr} must be positive, classifier.warmup={classifier.warmup} and '
+      f'classifier.weight_decay={classifier.weight_decay} not negative.'
+    )
+  if not 0 <= classifier.ema_rate < 1:
+    raise UserError(f'classifier.ema_rate={classifier.ema_rate} must be in [0, 1).')
+  if not 0 < classifier.sigma_min < classifier.sigma_max:
+    raise UserError(
+      f'classifier.sigma_min={classifier.sigma_min} must be positive and less than '
+      f'classifier.sigma_max={classifier.sigma_max}.'
+    )

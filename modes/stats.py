@@ -1,0 +1,199 @@
+"""--mode=stats: statistics of a data set, which samples are compared with, and its `sigma_max`."""
+
+import hashlib
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from absl import logging
+from ml_collections import ConfigDict
+
+import datasets
+import metrics
+from evaluation import get_extractor, provenance, real_floor, stats_path
+from runtime import parallelism, reporting
+from runtime.errors import UserError
+from runtime.workdir import log_start
+
+_SIGMA_MAX_BYTES = 2**28  # of the images that are compared
+_BLOCK = 4096  # rows of features that moments take in at a time
+
+
+def write_stats(config: ConfigDict) -> pathlib.Path:
+  """Makes the statistics of `eval.stats_split`: each image once, as it is, in grey levels.
+
+  Features are kept in memory only if they are to be in the file; so are, for `sigma_max`, at most
+  256 MiB of training images. Returns where the statistics are.
+
+  Raises:
+    UserError: if the weights or the data are not there, or the file cannot be written.
+  """
+  log_start(config)
+  path = stats_path(config)
+  _check_stats_settings(config, path)
+  extractor = get_extractor(config)
+  size, split = extractor.global_batch_size(), config.eval.stats_split
+  source = datasets.get_source(config, split)
+  if len(source) < 2:
+    raise UserError(
+      f'The split {split!r} of {config.data.dataset} has {len(source)} images, and fewer than two '
+      f'have no covariance: set eval.stats_split, or data.path, to more.'
+    )
+  dataset = datasets.Dataset(source, size, config.seed, False, lambda rng, x: x)
+
+  digest, images = hashlib.sha256(), TrainingImages(config, source) if split == 'train' else None
+  features = _Features(extractor.num_features, len(source), config.eval.stats_features)
+  for i, batch in enumerate(tqdm.tqdm(dataset.once(), 'statistics', len(dataset), disable=None)):
+    batch = parallelism.global_batch(batch['image'])
+    pixels = parallelism.to_host(batch)[: dataset.count(i)]
+    digest.update(pixels.tobytes())
+    features.add(extractor.extract_global(batch)['pool_3'][: len(pixels)])
+    if images is not None:
+      images.add(i * size, pixels)
+  features.finish()
+  moments = features.moments
+  floor = real_floor(extractor.name, features.halves, features.pool_3)
+  arrays = {'mu': moments.mean, 'sigma': moments.covariance(), 'count': moments.count}
+  arrays |= {f'made_{k}': v for k, v in provenance(config, extractor, digest.hexdigest()).items()}
+  arrays |= {f'floor_{k}': v for k, v in floor.items()}
+  if features.pool_3 is not None:
+    arrays['pool_3'] = features.pool_3
+  if jax.process_index() == 0:
+    reporting.write_npz(path, **arrays)
+  logging.info('%d images of %s: %s', moments.count, config.data.dataset, path)
+  for name, value in floor.items():
+    logging.info('one half of them compared with the other, %s: %.6g', name, value)
+  if config.eval.sigma_max_images:
+    logging.info('%s', images.sigma_max_line() if images else sigma_max_line(config))
+  return path
+
+
+def _check_stats_settings(config: ConfigDict, path: pathlib.Path) -> None:
+  """Raises `UserError` for what --mode=stats cannot do."""
+  settings = config.eval
+  if settings.stats_split not in ('train', 'test'):
+    raise UserError(f"eval.stats_split={settings.stats_split!r} must be 'train' or 'test'.")
+  if settings.sigma_max_images < 0 or settings.sigma_max_images == 1:
+    raise UserError(
+      f'eval.sigma_max_images={settings.sigma_max_images} must be 2 or more, or 0 to leave '
+      f'sigma_max out.'
+    )
+  if path.is_dir():
+    raise UserError(f'eval.stats_path={path} is a folder: give the name of a file in it.')
+  reporting.check_writable(path.parent, 'eval.stats_path')
+
+
+class _Features:
+  """What is made of features that arrive in batches.
+
+  Args:
+    dim: number of features.
+    count: how many rows will come.
+    keep: whether to keep them.
+
+  Attributes:
+    moments: of all.
+    halves: moments of every second row, and of the others.
+    pool_3: all rows, or None.
+  """
+
+  def __init__(self, dim: int, count: int, keep: bool):
+    self.moments, self.halves = metrics.Moments(dim), (metrics.Moments(dim), metrics.Moments(dim))
+    self.pool_3 = np.empty((count, dim), np.float32) if keep else None
+    self._waiting: list[np.ndarray] = []  # many rows at a time cost little more than one
+
+  def add(self, pool_3: np.ndarray) -> None:
+    self._waiting.append(pool_3)
+    if sum(map(len, self._waiting)) >= _BLOCK:
+      self.finish()
+
+  def finish(self) -> None:
+    """Takes in what waits; call it after the last batch."""
+    if not self._waiting:
+      return
+    rows, self._waiting, start = np.concatenate(self._waiting), [], self.moments.count
+    self.moments.add(rows)
+    for k, half in enumerate(self.halves):
+      half.add(rows[(start + k) % 2 :: 2])
+    if self.pool_3 is not None:
+      self.pool_3[start : self.moments.count] = rows
+
+
+class TrainingImages:
+  """A seeded sample of the training images in memory: all, if `sigma_max` may look at so many.
+
+  Args:
+    config: reads `eval.sigma_max_images`, `seed` and `data`.
+    source: the training images.
+  """
+
+  def __init__(self, config: ConfigDict, source: datasets.Source):
+    shape = (config.data.image_size, config.data.image_size, config.data.num_channels)
+    count = min(len(source), config.eval.sigma_max_images, _SIGMA_MAX_BYTES // math.prod(shape))
+    rng = np.random.RandomState(config.seed)
+    self._source, self._scaler = source, datasets.get_data_scaler(config)
+    self._chosen = np.sort(rng.permutation(len(source))[:count])
+    self._pixels = np.empty((count, *shape), np.uint8)
+
+  def add(self, start: int, images: np.ndarray) -> None:
+    """Keeps those of images number `start`, `start` + 1, ... that are in the sample."""
+    first, last = np.searchsorted(self._chosen, (start, start + len(images)))
+    self._pixels[first:last] = images[self._chosen[first:last] - start]
+
+  def read(self) -> 'TrainingImages':
+    """Reads the sample, and nothing else, from the source; returns itself."""
+    for i in tqdm.tqdm(self._chosen, 'images for sigma_max', disable=None):
+      self.add(i, self._source[int(i)]['image'][None])
+    return self
+
+  def sigma_max_line(self) -> str:
+    """The line of a configuration that sets `sigma_max` for these images."""
+    low, high = self._scaler(0.0), self._scaler(1.0)
+    distance = largest_distance(self._pixels) / 255 * (high - low)
+    count, total = len(self._chosen), len(self._source)
+    whole = count == total
+    return (
+      f'config.model.sigma_max = {distance:.4g}  # largest distance between '
+      f'{count if whole else f"{count} of {total}"} training images in [{low:g}, {high:g}]'
+      f'{"" if whole else "; that of all may be larger"}'
+    )
+
+
+def sigma_max_line(config: ConfigDict) -> str:
+  """The line of a configuration that sets `sigma_max` for its training images."""
+  return TrainingImages(config, datasets.get_source(config, 'train')).read().sigma_max_line()
+
+
+def largest_distance(images: np.ndarray, block_bytes: int = 2**26) -> float:
+  """The largest Euclidean distance between two of uint8 `images` (N, ...), in grey levels.
+
+  All pairs, in blocks of `block_bytes` against blocks on the devices.
+  """
+  pixels = images.reshape(len(images), -1)
+  size = max(1, min(len(pixels), block_bytes // (4 * pixels.shape[1])))
+
+  @jax.jit
+  def farthest(x, y):
+    x, y = (a.astype(jnp.float32) - 127.5 for a in (x, y))
+    product = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
+    squares = (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * product
+    i = jnp.argmax(squares)
+    return squares.reshape(-1)[i], i
+
+  def block(start):
+    rows = pixels[start : start + size]
+    return np.concatenate([rows, rows[:1].repeat(size - len(rows), 0)])  # one shape for all
+
+  starts = range(0, len(pixels), size)
+  best, pair = -1.0, (0, 0)
+  for a in tqdm.tqdm(starts, 'sigma_max', disable=None):
+    x = block(a)
+    for b in range(a, len(pixels), size):
+      square, i = farthest(x, block(b))
+      if square > best:
+        best, pair = square, (a + int(i) // size, b + int(i) % size)
+  x, y = (np.float64(pixels[i if i < len(pixels) else i - i % size]) for i in pair)
+  return float(np.sqrt(((x - y) ** 2).sum()))

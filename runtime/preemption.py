@@ -1,0 +1,37 @@
+"""Signals that ask a run to stop."""
+
+import signal
+import threading
+from typing import Any
+
+import jax
+
+from runtime import parallelism
+
+
+class Preemption:
+  """Turns SIGTERM and SIGINT into a request to save and stop; a second SIGINT stops at once."""
+
+  def __enter__(self) -> 'Preemption':
+    self._signalled = False
+    # Only the main thread may handle signals; a training elsewhere is stopped by its caller.
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+    self._previous = {number: signal.signal(number, self._handle) for number in numbers}
+    return self
+
+  def _handle(self, number: int, frame: Any) -> None:
+    del frame
+    if self._signalled and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self._signalled = True
+
+  def requested(self, agreed: bool) -> bool:
+    """Whether to stop now. Several processes ask one another only where all are `agreed` to."""
+    if jax.process_count() == 1:
+      return self._signalled
+    return agreed and parallelism.any_process(self._signalled)
+
+  def __exit__(self, *exc_info: Any) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
