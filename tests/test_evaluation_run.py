@@ -22,7 +22,7 @@ import sde_lib
 from checkpoints import CheckpointDirectory, CheckpointReader
 from errors import UserError
 from tests import tiny_config
-from tests.test_train import finish, run, start, wait_for
+from tests.processes import finish, run, start, wait_for
 
 BOTH = ('--config.eval.begin_ckpt=3', '--config.eval.end_ckpt=4')
 ALL = (

@@ -22,7 +22,7 @@ from checkpoints import CheckpointReader
 from errors import UserError
 from runtime import workdir as workdirs
 from tests import tiny_config
-from tests.test_train import ROOT, finish, history, start
+from tests.processes import ROOT, finish, history, start
 
 
 def config_of(**overrides):
