@@ -5,7 +5,6 @@ import os
 import signal
 
 import classifier_training as training
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,28 +18,11 @@ from modes.preparation import prepare
 from runtime.errors import UserError
 from runtime.workdir import check_run
 from tests import golden_values as golden
-from tests import test_train, tiny_config
+from tests import processes, tiny_config
+from tests.tiny_config import TinyClassifier
 
 SDES = [sde_lib.VESDE(N=10), sde_lib.VPSDE(N=30), sde_lib.subVPSDE(N=30)]
 CENTERED = [False, True]
-
-
-@utils.register_classifier(name='tiny')
-class TinyClassifier(nn.Module):
-  """A convolution, told the noise level: a user's own classifier."""
-
-  num_classes: int = 2
-  width: int = 8
-
-  @nn.compact
-  def __call__(self, x, sigmas, train=True, pooled=False):
-    del train
-    h = nn.Conv(self.width, (x.shape[1] // 2, x.shape[2]), (x.shape[1] // 2, 1))(x)
-    h = nn.swish(h / (1 + sigmas[:, None, None, None])).reshape(len(x), -1)
-    return h if pooled else nn.Dense(self.num_classes)(h)
-
-  def features(self, x, sigmas):
-    return self(x, sigmas, pooled=True)
 
 
 @datasets.register_dataset(name='HALVES')
@@ -103,8 +85,8 @@ def test_continued_training_ends_in_the_same_bits(trained, tmp_path):
   whole = (tmp_path / training.FILE).read_bytes()
   assert part != whole
   assert whole == (trained / training.FILE).read_bytes()
-  assert test_train.history(tmp_path) == test_train.history(trained)
-  names = {name for _, name in test_train.history(tmp_path)}
+  assert processes.history(tmp_path) == processes.history(trained)
+  names = {name for _, name in processes.history(tmp_path)}
   assert names == {'training_loss', 'eval_loss', 'eval_accuracy'}
 
 
@@ -112,18 +94,18 @@ def test_continued_training_ends_in_the_same_bits(trained, tmp_path):
 def test_killed_run_ends_in_the_same_file(tmp_path):
   overrides = ['n_iters=20', 'blocks_per_group=1', 'batch_size=16', 'embedding_size=4']
   overrides = [f'--config.classifier.{override}' for override in overrides]
-  run = lambda workdir: test_train.start(workdir, *overrides, mode='train_classifier', devices=2)
-  test_train.finish(run(tmp_path / 'whole'))
+  run = lambda workdir: processes.start(workdir, *overrides, mode='train_classifier', devices=2)
+  processes.finish(run(tmp_path / 'whole'))
   process = run(tmp_path / 'killed')
   metrics = tmp_path / 'killed' / 'metrics.jsonl'
-  test_train.wait_for(lambda: metrics.exists() and '"step": 12' in metrics.read_text(), process)
+  processes.wait_for(lambda: metrics.exists() and '"step": 12' in metrics.read_text(), process)
   os.kill(process.pid, signal.SIGKILL)
   process.communicate()
-  output = test_train.finish(run(tmp_path / 'killed'))
+  output = processes.finish(run(tmp_path / 'killed'))
   assert 'Resuming from' in output
   files = [(tmp_path / name / training.FILE).read_bytes() for name in ('whole', 'killed')]
   assert files[0] == files[1]
-  assert test_train.history(tmp_path / 'killed') == test_train.history(tmp_path / 'whole')
+  assert processes.history(tmp_path / 'killed') == processes.history(tmp_path / 'whole')
 
 
 @pytest.mark.parametrize('centered', CENTERED)

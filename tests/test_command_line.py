@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.test_train import CONFIG, ROOT, run
+from tests.processes import CONFIG, ROOT, run
 
 ENVIRONMENT = os.environ | {
   'JAX_PLATFORMS': 'cpu',

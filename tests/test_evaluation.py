@@ -23,7 +23,7 @@ from modes.preparation import prepare
 from runtime.errors import UserError
 from tests import test_inception, tiny_config
 from tests.golden_values import assert_close, load
-from tests.test_import import write_pth
+from tests.torch_files import write_pth
 
 
 @pytest.fixture

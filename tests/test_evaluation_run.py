@@ -26,7 +26,7 @@ from runtime.checkpoints import CheckpointDirectory, CheckpointReader
 from runtime.errors import UserError
 from runtime.rng import stream
 from tests import tiny_config
-from tests.test_train import finish, run, start, wait_for
+from tests.processes import finish, run, start, wait_for
 
 BOTH = ('--config.eval.begin_ckpt=3', '--config.eval.end_ckpt=4')
 ALL = (

@@ -20,9 +20,9 @@ from modes import convert as conversion
 from runtime import torch_file
 from runtime.errors import UserError
 from tests import tiny_config
-from tests.test_classifier_training import TinyClassifier
-from tests.test_import import tensor_program, write_zip
-from tests.test_train import ROOT
+from tests.processes import ROOT
+from tests.tiny_config import TinyClassifier
+from tests.torch_files import tensor_program, write_zip
 
 # Programs of pickles, which are bytes: b'.' ends one with the last value that was made.
 START = b'\x80\x02'

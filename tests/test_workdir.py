@@ -22,7 +22,7 @@ from runtime import workdir as workdirs
 from runtime.checkpoints import CheckpointReader
 from runtime.errors import UserError
 from tests import tiny_config
-from tests.test_train import ROOT, finish, history, start
+from tests.processes import ROOT, finish, history, start
 
 
 def config_of(**overrides):

@@ -1,4 +1,4 @@
-"""A user's configuration file that brings its own network and feature extractor: small and fast.
+"""A user's configuration file that brings its own network, classifier and features: small and fast.
 
 It is what the README's "How to extend the code" describes, and what the fault tests run.
 """
@@ -13,7 +13,7 @@ from configs import recipes
 from configs.default_mnist_configs import get_default_configs
 from evaluation import Extractor, register_extractor
 from models import layers
-from models.utils import register_model
+from models.utils import register_classifier, register_model
 
 
 @register_model(name='tiny')
@@ -36,6 +36,24 @@ class Tiny(nn.Module):
     h = nn.swish(layers.conv3x3(self.width)(x) + temb[:, None, None])
     h = nn.Dropout(self.dropout, deterministic=not train)(layers.GroupNorm()(h))
     return layers.conv3x3(self.num_channels, 0.1)(h)
+
+
+@register_classifier(name='tiny')
+class TinyClassifier(nn.Module):
+  """A convolution, told the noise level: a user's own classifier."""
+
+  num_classes: int = 2
+  width: int = 8
+
+  @nn.compact
+  def __call__(self, x, sigmas, train=True, pooled=False):
+    del train
+    h = nn.Conv(self.width, (x.shape[1] // 2, x.shape[2]), (x.shape[1] // 2, 1))(x)
+    h = nn.swish(h / (1 + sigmas[:, None, None, None])).reshape(len(x), -1)
+    return h if pooled else nn.Dense(self.num_classes)(h)
+
+  def features(self, x, sigmas):
+    return self(x, sigmas, pooled=True)
 
 
 @register_extractor(name='tiny')

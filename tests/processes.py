@@ -1,0 +1,64 @@
+"""Starts main.py as people do, waits for it, and reads what it wrote."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = 'tests/tiny_config.py'
+
+
+def command(workdir, *overrides, mode='train'):
+  return [
+    sys.executable,
+    'main.py',
+    f'--mode={mode}',
+    f'--config={CONFIG}',
+    f'--workdir={workdir}',
+    *overrides,
+  ]
+
+
+def start(workdir, *overrides, devices=1, mode='train'):
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+  }
+  return subprocess.Popen(
+    command(workdir, *overrides, mode=mode),
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def finish(process):
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output
+  return output
+
+
+def run(workdir, *overrides, **kwargs):
+  return finish(start(workdir, *overrides, **kwargs))
+
+
+def history(workdir):
+  """(step, metric) -> value, and that no entry stands twice."""
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  entries = [((line['step'], name), value) for line in lines for name, value in line.items()]
+  entries = [(key, value) for key, value in entries if key[1] != 'step']
+  assert len(dict(entries)) == len(entries)
+  return dict(entries)
+
+
+def wait_for(condition, process, seconds=120):
+  """Polls, without sleeping long, until `condition` holds or the process ends."""
+  deadline = time.monotonic() + seconds
+  while not condition() and process.poll() is None:
+    assert time.monotonic() < deadline
+    time.sleep(0.002)
