@@ -18,6 +18,7 @@ from runtime.errors import UserError
 from samplers import few_step
 from tests import golden_values as golden
 from tests import tiny_config
+from tests.exact_scores import correlated_gaussian_score, gaussian_score, mixture_score
 from train_state import State
 
 
@@ -62,16 +63,8 @@ def covariance(correlation):
 MEAN = np.linspace(-0.4, 0.4, D)
 
 
-def gaussian_score(sde, C):
-  values, vectors = (jnp.asarray(v, jnp.float32) for v in np.linalg.eigh(C))
-
-  def score_fn(x, t):
-    alpha, sigma = sde.marginal_prob(jnp.ones_like(t), t)
-    error = x.reshape(len(x), D) - alpha[:, None] * MEAN
-    in_basis = error @ vectors / (alpha[:, None] ** 2 * values + sigma[:, None] ** 2)
-    return -(in_basis @ vectors.T).reshape(x.shape)
-
-  return score_fn
+def correlated_score(sde, C):
+  return correlated_gaussian_score(sde, MEAN, C)
 
 
 def posterior(C, A, y, noise_std=0.0):
@@ -149,7 +142,7 @@ CASES = [
 def test_measurements_of_uncorrelated_data_lead_to_the_posterior(sde, method):
   C = covariance(0.0)
   for condition, A, y in measurements(sde):
-    x = draw(METHODS[method](sde), gaussian_score(sde, C), condition)
+    x = draw(METHODS[method](sde), correlated_score(sde, C), condition)
     mean_error, covariance_error = errors(x, posterior(C, A, y))
     assert mean_error < MEAN_NOISE
     assert covariance_error < COVARIANCE_NOISE
@@ -174,7 +167,7 @@ def test_measurements_of_correlated_data_lead_near_the_posterior(sde, method):
     COVARIANCE_NOISE,
   ]
   for i, (condition, A, y) in enumerate(measurements(sde)):
-    x = draw(METHODS[method](sde), gaussian_score(sde, C), condition)
+    x = draw(METHODS[method](sde), correlated_score(sde, C), condition)
     mean_error, covariance_error = errors(x, posterior(C, A, y))
     assert mean_error < mean_bounds[i]
     assert covariance_error < covariance_bounds[i]
@@ -194,7 +187,7 @@ def test_posterior_guidance_leads_to_the_posterior_of_a_noisy_measurement(sde, m
     noise_std=0.3,
     data_std=0.5,
   )
-  x = draw(METHODS[method](sde), gaussian_score(sde, C), condition)
+  x = draw(METHODS[method](sde), correlated_score(sde, C), condition)
   mean_error, covariance_error = errors(x, posterior(C, A, y, noise_std=0.3))
   assert mean_error < (MEAN_NOISE if correlation == 0 else 0.18)
   assert covariance_error < COVARIANCE_NOISE
@@ -211,29 +204,14 @@ def test_class_guidance_makes_the_score_of_the_class(sde):
     squares = jnp.sum((y[..., None] - centers) ** 2, axis=(1, 2, 3))
     return -squares / (2 * variance)
 
-  def class_score(x, t, label):
-    alpha, sigma = sde.marginal_prob(jnp.ones_like(t), t)
-    variance = alpha**2 * 0.5**2 + sigma**2
-    return sde_lib.batch_mul(
-      1 / variance, sde_lib.batch_mul(alpha, means[label] * jnp.ones_like(x)) - x
-    )
-
-  def mixture_score(x, t):
-    alpha, sigma = sde.marginal_prob(jnp.ones_like(t), t)
-
-    def log_density(x, alpha, sigma):
-      squares = jnp.sum((x[..., None] - alpha * means) ** 2, axis=(0, 1, 2))
-      return jax.nn.logsumexp(-squares / (2 * (alpha**2 * 0.5**2 + sigma**2)))
-
-    return jax.vmap(jax.grad(log_density))(x, alpha, sigma)
-
   guidance = classifier_score(sde, log_p, lambda x: (x + 1) / 2)
   t = jnp.linspace(0.1, 0.9, 6)
   labels = jnp.asarray([0, 1, 0, 1, 0, 1])
   x = sde_lib.batch_mul(sde.marginal_prob(jnp.zeros((6, 1)), t)[1], jnp.ones((6, *SHAPE))) * 0.7
   condition = control.ClassGuidance(labels=labels, class_score=guidance)
-  score = jax.jit(condition.score(mixture_score))(x, t)
-  expected = jnp.stack([class_score(x[i : i + 1], t[i : i + 1], labels[i])[0] for i in range(6)])
+  score_fn = mixture_score(sde, means[:, None, None, None] * jnp.ones(SHAPE), 0.5)
+  score = jax.jit(condition.score(score_fn))(x, t)
+  expected = gaussian_score(sde, means[labels], 0.5)(x, t)
   np.testing.assert_allclose(score, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -261,7 +239,7 @@ def small_methods(sde, denoise=True):
 @pytest.mark.parametrize('method', ['pc', 'ode', 'ddim', 'heun', 'dpm_solver++'])
 def test_known_pixels_come_back_exactly_and_unknown_ones_never_matter(sde, method):
   method = small_methods(sde)[method]
-  score_fn = gaussian_score(sde, covariance(0.6))
+  score_fn = correlated_score(sde, covariance(0.6))
   image = jax.random.normal(jax.random.PRNGKey(1), (3, *SHAPE))
   mask = jnp.ones(SHAPE).at[:, 1].set(0)
   sample = jax.jit(
@@ -287,7 +265,7 @@ def test_known_pixels_come_back_exactly_without_noise_removal_too(method):
   method = small_methods(SDES[0], denoise=False)[method]
   image = jax.random.normal(jax.random.PRNGKey(1), (3, *SHAPE))
   known = control.inpainting(method.sde, image, jnp.ones(SHAPE).at[:, 1].set(0))
-  x = draw(method, gaussian_score(method.sde, covariance(0.6)), known, count=3)
+  x = draw(method, correlated_score(method.sde, covariance(0.6)), known, count=3)
   np.testing.assert_array_equal(x[:, :, 0], image[:, :, 0])
   assert np.abs(x[:, :, 1] - image[:, :, 1]).min() > 0
 
@@ -316,7 +294,7 @@ def test_the_inpainter_of_2021_leaves_noise_on_known_pixels_only_without_denoisi
 
 def test_colorization_and_super_resolution_keep_what_is_given_and_use_nothing_else():
   method = small_methods(SDES[1])['pc']
-  score_fn = gaussian_score(SDES[1], covariance(0.6))
+  score_fn = correlated_score(SDES[1], covariance(0.6))
   image = jax.random.normal(jax.random.PRNGKey(1), (3, *SHAPE))
   gray = jnp.broadcast_to(image.mean(-1, keepdims=True), image.shape)
   coarse = jnp.broadcast_to(image.mean((1, 2), keepdims=True), image.shape)

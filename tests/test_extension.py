@@ -1,8 +1,5 @@
 """A user's SDE, predictor, corrector, network and data set work everywhere by registering."""
 
-import dataclasses
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,31 +11,9 @@ import sampling
 import sde_lib
 import train_state
 from configs.vp import mnist_ddpmpp_continuous
-from models import utils
 from modes.preparation import prepare
 from runtime.registry import Registry
-
-
-@sde_lib.register_sde(name='constant_beta')
-@dataclasses.dataclass(frozen=True)
-class ConstantBetaSDE(sde_lib.SDE):
-  """dx = -b/2 x dt + sqrt(b) dw."""
-
-  b: float = 9.0
-  N: int = 200
-
-  def sde(self, x, t):
-    return -0.5 * self.b * x, jnp.full_like(t, self.b**0.5)
-
-  def marginal_prob(self, x, t):
-    alpha = jnp.exp(-0.5 * self.b * t)
-    return sde_lib.batch_mul(alpha, x), jnp.sqrt(1 - alpha**2)
-
-  def prior_sampling(self, rng, shape):
-    return jax.random.normal(rng, shape)
-
-  def prior_logp(self, z):
-    return jax.scipy.stats.norm.logpdf(z).reshape(z.shape[0], -1).sum(-1)
+from tests.exact_scores import ConstantBetaSDE, gaussian_score
 
 
 @sampling.register_predictor(name='heun_like')
@@ -64,21 +39,6 @@ class SmallStepCorrector(sampling.Corrector):
     return x_mean + (2e-3) ** 0.5 * jax.random.normal(rng, x.shape), x_mean
 
 
-@utils.register_model(name='gaussian_score')
-class GaussianScore(nn.Module):
-  """The exact noise prediction for N(0, s^2) data, with s a parameter and b a field."""
-
-  num_channels: int
-  b: float = 9.0
-  initial_scale: float = 0.3
-
-  @nn.compact
-  def __call__(self, x, labels, train=True):
-    s = self.param('s', nn.initializers.constant(self.initial_scale), (self.num_channels,))
-    alpha2 = jnp.exp(-self.b * labels / 999)[:, None, None, None]
-    return x * jnp.sqrt(1 - alpha2) / (alpha2 * s**2 + 1 - alpha2)
-
-
 @datasets.register_dataset(name='noise')
 def noise(config, split, *, length):
   size = config.data.image_size
@@ -93,7 +53,7 @@ def config():
   config.training.sde = 'constant_beta'
   config.training.batch_size = 64
   config.training.n_jitted_steps = 1
-  config.model = {'name': 'gaussian_score', 'b': 9.0, 'initial_scale': 1.0, 'num_scales': 1000}
+  config.model = {'name': 'trainable_gaussian', 'b': 9.0, 'initial_scale': 1.0, 'num_scales': 1000}
   config.data.dataset = 'noise'
   config.data.length = 512
   config.data.image_size = 8
@@ -138,11 +98,6 @@ def test_every_pair_of_solvers_runs_under_every_sde(sde, predictor, corrector, c
   config.training.sde = sde
   config.model.num_scales = 30
   sde = sde_lib.get_sde(config)
-
-  def score_fn(x, t):  # of N(0, 1) data
-    alpha, sigma = sde.marginal_prob(jnp.ones_like(t), t)
-    return sde_lib.batch_mul(-1 / (alpha**2 + sigma**2), x)
-
   method = sampling.PredictorCorrector(
     sde,
     sampling.get_predictor(predictor),
@@ -151,7 +106,7 @@ def test_every_pair_of_solvers_runs_under_every_sde(sde, predictor, corrector, c
     n_corrector_steps=2,
     eps=sde.sampling_eps,
   )
-  x = sampling.run(method, score_fn, jax.random.PRNGKey(0), (8, 2, 2, 1))
+  x = sampling.run(method, gaussian_score(sde), jax.random.PRNGKey(0), (8, 2, 2, 1))
   assert np.isfinite(x).all()
 
 

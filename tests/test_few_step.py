@@ -12,27 +12,20 @@ from losses import init_state
 from modes.preparation import prepare
 from runtime.errors import UserError
 from samplers import few_step
-from sde_lib import batch_mul
 from tests import tiny_config
-from tests.test_extension import ConstantBetaSDE
+from tests.exact_scores import (
+  ConstantBetaSDE,
+  end_of_gaussian_flow,
+  gaussian_marginal,
+  gaussian_score,
+)
 
 SDES = [sde_lib.VPSDE(), sde_lib.subVPSDE(), sde_lib.VESDE(sigma_max=10.0)]
 MARKED = [SDES[0], *(pytest.param(sde, marks=pytest.mark.slow) for sde in SDES[1:])]
 by_sde = pytest.mark.parametrize('sde', MARKED, ids=lambda sde: type(sde).__name__)
 SHAPE = (8, 3, 3, 1)
 MEAN, STD = 0.3, 0.5  # of the data
-
-
 EPS = 1e-2
-
-
-def gaussian_score(sde):
-  def score_fn(x, t):
-    alpha, sigma = sde.marginal_prob(jnp.ones_like(t), t)
-    variance = alpha**2 * STD**2 + sigma**2
-    return -batch_mul(1 / variance, x - MEAN * alpha[:, None, None, None])
-
-  return score_fn
 
 
 def method_of(sde, solver, grid, n):
@@ -40,7 +33,8 @@ def method_of(sde, solver, grid, n):
 
 
 def draw(method, rng, shape):
-  return jax.jit(lambda rng: sampling.run(method, gaussian_score(method.sde), rng, shape))(rng)
+  score_fn = gaussian_score(method.sde, MEAN, STD)
+  return jax.jit(lambda rng: sampling.run(method, score_fn, rng, shape))(rng)
 
 
 def error(sde, solver, grid, n):
@@ -48,11 +42,9 @@ def error(sde, solver, grid, n):
   rng = jax.random.PRNGKey(0)
   x = draw(method_of(sde, solver, grid, n), rng, SHAPE)
   prior = sde.prior_sampling(jax.random.split(rng)[1], SHAPE)
-  # The flow keeps the number of standard deviations from the mean.
-  alpha, sigma = sde.marginal_prob(jnp.ones(2), jnp.asarray([sde.T, EPS]))
-  std = jnp.sqrt(alpha**2 * STD**2 + sigma**2)
-  expected = alpha[1] * MEAN + std[1] * (prior - alpha[0] * MEAN) / std[0]
-  return float(jnp.abs(x - expected).max() / std[1])
+  expected = end_of_gaussian_flow(sde, prior, EPS, MEAN, STD)
+  std = gaussian_marginal(sde, jnp.asarray([EPS]), MEAN, STD)[1][0]
+  return float(jnp.abs(x - expected).max() / std)
 
 
 @by_sde
@@ -95,9 +87,8 @@ def test_time_is_found_from_the_noise_level(sde):
 def test_churn_keeps_the_distribution(sde):
   method = method_of(sde, few_step.Heun(churn=10.0), 'edm', 80)
   x = draw(method, jax.random.PRNGKey(1), (4096, 2, 2, 1))
-  alpha, sigma = sde.marginal_prob(jnp.ones(1), jnp.asarray([EPS]))
-  std = float(jnp.sqrt(alpha**2 * STD**2 + sigma**2)[0])
-  assert x.mean() == pytest.approx(float(alpha[0]) * MEAN, abs=4 * std / 128 + 0.01)
+  mean, std = (float(v[0]) for v in gaussian_marginal(sde, jnp.asarray([EPS]), MEAN, STD))
+  assert x.mean() == pytest.approx(mean, abs=4 * std / 128 + 0.01)
   assert x.std() == pytest.approx(std, rel=0.03)
 
 

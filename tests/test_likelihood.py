@@ -1,6 +1,5 @@
 """Bits per dimension and latent codes: recorded values, and data whose density is known."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,15 @@ from runtime.errors import UserError
 from samplers import latents, ode_solver
 from sde_lib import batch_mul
 from tests import golden_values as golden
-from tests.test_extension import ConstantBetaSDE
+from tests.exact_scores import (
+  ConstantBetaSDE,
+  GaussianNetwork,
+  end_of_gaussian_flow,
+  gaussian_score,
+  mixture_log_density,
+  mixture_score,
+  noise_scales,
+)
 from train_state import State
 
 SDES = [
@@ -45,25 +52,6 @@ MEANS = jnp.asarray([[0.5, -0.3, 0.2, 0.6], [-0.4, 0.5, 0.1, -0.5]])
 STD = 0.3
 
 
-def log_density(x, alpha, sigma):
-  """log p_t of one x, (D,)."""
-  variance = (alpha * STD) ** 2 + sigma**2
-  squares = jnp.sum((x - alpha * MEANS) ** 2, axis=-1)
-  return (
-    jax.nn.logsumexp(-squares / (2 * variance))
-    - D / 2 * jnp.log(2 * jnp.pi * variance)
-    - jnp.log(2.0)
-  )
-
-
-def mixture_score(sde):
-  def score_fn(x, t):
-    alpha, sigma = sde.marginal_prob(jnp.ones_like(t), t)
-    return jax.vmap(jax.grad(log_density))(x, alpha, sigma)
-
-  return score_fn
-
-
 @pytest.fixture(scope='module')
 def points():
   return 0.4 * jax.random.normal(jax.random.PRNGKey(0), (64, D))
@@ -72,14 +60,17 @@ def points():
 @by_name
 def test_likelihood_of_a_mixture_is_its_density(sde, points):
   log_prob = likelihood.Likelihood(sde, rtol=1e-6, atol=1e-6).log_prob
-  compute = jax.jit(lambda x: log_prob(mixture_score(sde), x, likelihood.exact_divergence))
+  compute = jax.jit(
+    lambda x: log_prob(mixture_score(sde, MEANS, STD), x, likelihood.exact_divergence)
+  )
   logp, z, _ = compute(points)
   bits = logp / D / np.log(2)
   # The prior stands for p_T, which differs a little; what is exact is p_0 of the flow from p_T.
-  alpha, sigma = sde.marginal_prob(jnp.ones(2), jnp.asarray([1e-5, sde.T]))
-  at_T = jax.vmap(lambda z: log_density(z, alpha[1], sigma[1]))(z)
+  alpha, sigma = noise_scales(sde, jnp.asarray([1e-5, sde.T]))
+  log_density = jax.vmap(mixture_log_density, in_axes=(0, None, None, None, None))
+  at_T = log_density(z, alpha[1], sigma[1], MEANS, STD)
   bits = bits + (at_T - sde.prior_logp(z)) / D / np.log(2)
-  expected = jax.vmap(lambda x: log_density(x, alpha[0], sigma[0]))(points) / D / np.log(2)
+  expected = log_density(points, alpha[0], sigma[0], MEANS, STD) / D / np.log(2)
   np.testing.assert_allclose(bits, expected, atol=1e-3)
 
 
@@ -89,10 +80,14 @@ def test_ode_samples_of_a_mixture_have_its_moments_and_density(sde, points):
   method = sampling.ProbabilityFlow(sde, rtol=1e-6, atol=1e-6, eps=1e-5)
   z = sde.prior_sampling(jax.random.PRNGKey(1), (64, D))
   decode = jax.jit(
-    lambda z: sampling.run(method, mixture_score(sde), jax.random.PRNGKey(0), z.shape, z)
+    lambda z: sampling.run(
+      method, mixture_score(sde, MEANS, STD), jax.random.PRNGKey(0), z.shape, z
+    )
   )
   log_prob = likelihood.Likelihood(sde, rtol=1e-6, atol=1e-6).log_prob
-  encode = jax.jit(lambda x: log_prob(mixture_score(sde), x, likelihood.exact_divergence)[1])
+  encode = jax.jit(
+    lambda x: log_prob(mixture_score(sde, MEANS, STD), x, likelihood.exact_divergence)[1]
+  )
   np.testing.assert_allclose(encode(decode(z)), z, atol=1e-3 * float(jnp.abs(z).max()))
   np.testing.assert_allclose(decode(encode(points)), points, atol=1e-3)
 
@@ -100,17 +95,11 @@ def test_ode_samples_of_a_mixture_have_its_moments_and_density(sde, points):
 @by_name
 def test_ode_samples_of_a_gaussian_equal_the_closed_form(sde):
   mean, std, eps = 0.3, 0.5, 1e-3
-
-  def score_fn(x, t):
-    alpha, sigma = sde.marginal_prob(jnp.ones_like(t), t)
-    return -batch_mul(1 / (alpha**2 * std**2 + sigma**2), x - mean * alpha[:, None])
-
   method = sampling.ProbabilityFlow(sde, eps=eps)
   z = sde.prior_sampling(jax.random.PRNGKey(0), (128, D))
+  score_fn = gaussian_score(sde, mean, std)
   x = jax.jit(lambda z: sampling.run(method, score_fn, jax.random.PRNGKey(0), z.shape, z))(z)
-  alpha, sigma = sde.marginal_prob(jnp.ones(2), jnp.asarray([sde.T, eps]))
-  stds = jnp.sqrt(alpha**2 * std**2 + sigma**2)
-  expected = alpha[1] * mean + stds[1] * (z - alpha[0] * mean) / stds[0]
+  expected = end_of_gaussian_flow(sde, z, eps, mean, std)
   np.testing.assert_allclose(x, expected, atol=1e-3)
 
 
@@ -156,14 +145,7 @@ def test_grey_levels_are_dequantized_evenly_and_counted_in_bits():
 def tiny_gaussian():
   """A network that is the exact score of N(0, 0.3^2), its SDE and its state."""
   sde = sde_lib.VPSDE()
-
-  class Exact(nn.Module):
-    @nn.compact
-    def __call__(self, x, labels, train=True):
-      alpha, sigma = sde.marginal_prob(jnp.ones_like(labels), labels / 999)
-      return batch_mul(sigma / (alpha**2 * 0.3**2 + sigma**2), x)
-
-  return sde, Exact(), State(0, {}, {}, None, {})
+  return sde, GaussianNetwork(sde), State(0, {}, {}, None, {})
 
 
 def test_encoder_gives_the_codes_of_the_likelihood():

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +20,7 @@ from configs.default_cifar10_configs import get_default_configs
 from modes.preparation import prepare
 from runtime.errors import UserError
 from tests import tiny_config
+from tests.exact_scores import ConvolutionalGaussianNetwork
 from train_state import State
 
 METHODS = {
@@ -33,14 +33,7 @@ METHODS = {
 SHAPE = (8, 4, 4, 1)
 
 
-class Exact(nn.Module):
-  """The noise prediction for N(0, 0.3^2) data under the VP SDE, by a convolution."""
-
-  @nn.compact
-  def __call__(self, x, labels, train=True):
-    alpha, sigma = sde_lib.VPSDE().marginal_prob(jnp.ones_like(labels), labels / 999)
-    x = nn.Conv(1, (1, 1), kernel_init=nn.initializers.ones)(x)
-    return sde_lib.batch_mul(sigma / (alpha**2 * 0.3**2 + sigma**2), x)
+NETWORK = ConvolutionalGaussianNetwork(sde_lib.VPSDE())
 
 
 def sampler_of(method, **options):
@@ -51,12 +44,12 @@ def sampler_of(method, **options):
   sde = sde_lib.get_sde(config)
   config = prepare(config)
   method = sampling.get_method(config, sde)
-  return sampling.get_sampler(method, sde, Exact(), SHAPE, lambda x: x, True, **options)
+  return sampling.get_sampler(method, sde, NETWORK, SHAPE, lambda x: x, True, **options)
 
 
 @pytest.fixture(scope='module')
 def state():
-  params = Exact().init(jax.random.PRNGKey(0), jnp.zeros(SHAPE), jnp.zeros(8))['params']
+  params = NETWORK.init(jax.random.PRNGKey(0), jnp.zeros(SHAPE), jnp.zeros(8))['params']
   return State(0, params, params, None, {})
 
 
@@ -109,7 +102,7 @@ def test_a_sampler_is_watched_with_its_state_and_stopped_from_there(state):
 
 def draws():
   """A line of numbers for each sampler, with one key and with a key per image."""
-  params = Exact().init(jax.random.PRNGKey(0), jnp.zeros(SHAPE), jnp.zeros(8))['params']
+  params = NETWORK.init(jax.random.PRNGKey(0), jnp.zeros(SHAPE), jnp.zeros(8))['params']
   state = State(0, params, params, None, {})
   keys = jax.random.split(jax.random.PRNGKey(2), 8)
   samples = [sampler_of(m)(rng, state)[0] for m in METHODS for rng in (keys[0], keys)]

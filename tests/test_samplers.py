@@ -7,11 +7,10 @@ import pytest
 
 import datasets
 import sampling
-import sde_lib
 from runtime.errors import UserError
 from sde_lib import VESDE, VPSDE, subVPSDE
 from tests import golden_values as golden
-from tests.test_sdes import RECORDED, recorded_score
+from tests.exact_scores import RECORDED_SDES, gaussian_score, recorded_score
 
 
 def _recorded_updates(name):
@@ -20,7 +19,7 @@ def _recorded_updates(name):
   return sorted({key.rsplit('/', 1)[0] for key in keys})
 
 
-@pytest.mark.parametrize('name', RECORDED)
+@pytest.mark.parametrize('name', RECORDED_SDES)
 def test_single_updates_agree_with_recorded_values(name, recorded_random_bits):
   recorded = golden.load('updates')
   x, t = jnp.asarray(recorded['x']), jnp.asarray(recorded['t'])
@@ -29,9 +28,9 @@ def test_single_updates_agree_with_recorded_values(name, recorded_random_bits):
     update, *flow = key.split('/')
     if flow:
       predictor = sampling.get_predictor(update)
-      solver = predictor(RECORDED[name], recorded_score, flow == ['1'])
+      solver = predictor(RECORDED_SDES[name], recorded_score, flow == ['1'])
     else:
-      solver = sampling.get_corrector(update)(RECORDED[name], recorded_score, 0.16, 3)
+      solver = sampling.get_corrector(update)(RECORDED_SDES[name], recorded_score, 0.16, 3)
     x_new, x_mean = solver.update_fn(rng, x, t)
     golden.assert_close(x_new, recorded[f'{name}/{key}/x'], 2e-5)
     golden.assert_close(x_mean, recorded[f'{name}/{key}/mean'], 2e-5)
@@ -90,20 +89,9 @@ def test_ode_samplers_agree_with_recorded_samples(name):
 MEAN, STD = 0.4, 0.5
 
 
-def gaussian_score(sde):
-  """The score of x_t for data N(MEAN, STD^2)."""
-
-  def score_fn(x, t):
-    alpha, sigma = sde.marginal_prob(jnp.ones_like(t), t)
-    variance = alpha**2 * STD**2 + sigma**2
-    return sde_lib.batch_mul(1 / variance, sde_lib.batch_mul(alpha, MEAN * jnp.ones_like(x)) - x)
-
-  return score_fn
-
-
 def output_moments(sde, predictor, probability_flow=False):
   """Mean and variance of the last x_mean, propagated exactly through all updates."""
-  solver = predictor(sde, gaussian_score(sde), probability_flow)
+  solver = predictor(sde, gaussian_score(sde, MEAN, STD), probability_flow)
   times = jnp.linspace(sde.T, sde.sampling_eps, sde.N)
 
   def step(carry, t):
@@ -170,7 +158,7 @@ def test_pc_sampling_of_an_exact_gaussian_has_its_mean_and_variance(sde, correct
     snr=0.1,
     eps=sde.sampling_eps,
   )
-  draw = jax.jit(lambda rng: sampling.run(method, gaussian_score(sde), rng, (64, 1024)))
+  draw = jax.jit(lambda rng: sampling.run(method, gaussian_score(sde, MEAN, STD), rng, (64, 1024)))
   x_mean = draw(jax.random.PRNGKey(0))
   assert abs(x_mean.mean() - MEAN) < 0.02
   assert abs(x_mean.std() - STD) < 0.02

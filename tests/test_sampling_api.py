@@ -22,12 +22,13 @@ from runtime.errors import UserError
 from runtime.rng import key_shape
 from samplers import few_step
 from tests import tiny_config
-from tests.test_extension import ConstantBetaSDE
+from tests.exact_scores import ConstantBetaSDE, GaussianNetwork
 from train_state import State
 
 SHAPE = (4, 4, 4, 3)
 VP = sde_lib.VPSDE(N=30, beta_max=10.0)
 COARSE = sde_lib.VPSDE(N=3, beta_max=1.0)
+NETWORK = GaussianNetwork(VP)
 identity = lambda x: x
 
 
@@ -43,15 +44,6 @@ def _compile_quickly():
 def slow(names, which):
   """The names as parameters, some of them marked."""
   return [pytest.param(name, marks=pytest.mark.slow if name in which else ()) for name in names]
-
-
-class Exact(nn.Module):
-  """The noise prediction for N(0, 0.3^2) data under the VP SDE."""
-
-  @nn.compact
-  def __call__(self, x, labels, train=True):
-    alpha, sigma = VP.marginal_prob(jnp.ones_like(labels), labels / 999)
-    return sde_lib.batch_mul(sigma / (alpha**2 * 0.3**2 + sigma**2), x)
 
 
 @utils.register_classifier(name='three_classes')
@@ -81,7 +73,7 @@ def test_importing_sampling_registers_every_method():
 
 
 def draws(method, keys=None):
-  sampler = sampling.get_sampler(method, VP, Exact(), SHAPE, identity)
+  sampler = sampling.get_sampler(method, VP, NETWORK, SHAPE, identity)
   return lambda rng: sampler(jax.random.split(rng, keys) if keys else rng, STATE)[0]
 
 
@@ -90,12 +82,12 @@ def conditional(make):
   arguments = sampling.EulerMaruyamaPredictor, sampling.LangevinCorrector, identity, 0.1
   data = jnp.linspace(-1, 1, 192).reshape(SHAPE)
   if make is control.get_pc_inpainter:
-    sampler = make(COARSE, Exact(), *arguments)
+    sampler = make(COARSE, NETWORK, *arguments)
     return lambda rng: sampler(rng, STATE, data, jnp.ones(SHAPE).at[:, 2:].set(0))
   if make is control.get_pc_colorizer:
-    sampler = make(COARSE, Exact(), *arguments)
+    sampler = make(COARSE, NETWORK, *arguments)
     return lambda rng: sampler(rng, STATE, data)
-  sampler = make(COARSE, Exact(), ThreeClasses(), CENTERS, SHAPE, *arguments)
+  sampler = make(COARSE, NETWORK, ThreeClasses(), CENTERS, SHAPE, *arguments)
   return lambda rng: sampler(rng, STATE, jnp.asarray([0, 1, 2, 0]))
 
 
@@ -112,7 +104,7 @@ def batch_keys(per_image):
 
 def loss(continuous):
   images = {'image': jnp.ones(SHAPE)}
-  step_fn = losses.get_step_fn(COARSE, Exact(), train=False, continuous=continuous)
+  step_fn = losses.get_step_fn(COARSE, NETWORK, train=False, continuous=continuous)
 
   def value(rng):
     (rng, _), loss = step_fn((rng, STATE), images)
@@ -130,7 +122,7 @@ def loss_with_dropout(rng):
 
 
 def bits(images):
-  bits_of = likelihood.get_likelihood_fn(COARSE, Exact(), identity, eps=0.3, rtol=1e-2, atol=1e-2)
+  bits_of = likelihood.get_likelihood_fn(COARSE, NETWORK, identity, eps=0.3, rtol=1e-2, atol=1e-2)
   return lambda rng: bits_of(rng, STATE, images)
 
 
@@ -198,7 +190,7 @@ def test_more_axes_of_keys_than_one_are_refused():
 
 @pytest.mark.parametrize('keys', [None, 4])
 def test_every_state_that_was_watched_stays_readable(keys):
-  sampler = sampling.get_sampler(PC, VP, Exact(), SHAPE, identity, steps_per_call=1)
+  sampler = sampling.get_sampler(PC, VP, NETWORK, SHAPE, identity, steps_per_call=1)
   rng = jax.random.split(jax.random.key(1), keys) if keys else jax.random.key(1)
   seen, seen_at_once = [], []
 
@@ -237,12 +229,12 @@ CONDITIONS = {
 def test_a_sampler_is_compiled_once_for_all_rounds_of_a_task(task):
   traces = []
 
-  class Traced(Exact):
+  class Traced(GaussianNetwork):
     def __call__(self, x, labels, train=True):
       traces.append(1)
       return super().__call__(x, labels, train)
 
-  sampler = sampling.get_sampler(PC, VP, Traced(), SHAPE, identity)
+  sampler = sampling.get_sampler(PC, VP, Traced(VP), SHAPE, identity)
   first, _ = sampler(jax.random.key(0), STATE, condition=CONDITIONS[task](IMAGES))
   count = len(traces)
   second, _ = sampler(jax.random.key(0), STATE, condition=CONDITIONS[task](-IMAGES))
@@ -287,12 +279,12 @@ def test_n_steps_counts_updates_and_nfe_the_network_calls_they_make(name):
   expected, method = METHODS[name]
   calls = []
 
-  class Counted(Exact):
+  class Counted(GaussianNetwork):
     def __call__(self, x, labels, train=True):
       jax.debug.callback(lambda: calls.append(1))
       return super().__call__(x, labels, train)
 
-  samples, nfe = sampling.get_sampler(method, VP, Counted(), SHAPE, identity)(
+  samples, nfe = sampling.get_sampler(method, VP, Counted(VP), SHAPE, identity)(
     jax.random.key(0), STATE
   )
   jax.effects_barrier()

@@ -6,29 +6,18 @@ import numpy as np
 import pytest
 
 from runtime.errors import UserError
-from sde_lib import VESDE, VPSDE, batch_mul, subVPSDE
+from sde_lib import VESDE, VPSDE, subVPSDE
 from tests import golden_values as golden
+from tests.exact_scores import RECORDED_SDES, gaussian_marginal, gaussian_score, recorded_score
 
-RECORDED = {
-  'vp': VPSDE(0.1, 20, 1000),
-  'subvp': subVPSDE(0.1, 20, 1000),
-  've': VESDE(0.01, 50, 1000),
-  'vp_n17': VPSDE(0.2, 15, 17),
-  've_n17': VESDE(0.02, 30, 17),
-}
 SDES = [VPSDE(), subVPSDE(), VESDE()]
 
 
-def recorded_score(x, t):
-  """The score that the golden values were recorded with."""
-  return batch_mul(1 / (0.5 + t), -x) + jnp.sin(3 * x)
-
-
-@pytest.mark.parametrize('name', RECORDED)
+@pytest.mark.parametrize('name', RECORDED_SDES)
 def test_forward_and_reverse_agree_with_recorded_values(name, recorded_random_bits):
   recorded = golden.load('sdes')
   x, t = jnp.asarray(recorded['x']), jnp.asarray(recorded['t'])
-  sde = RECORDED[name]
+  sde = RECORDED_SDES[name]
   actual = {
     'drift': sde.sde(x, t)[0],
     'diffusion': sde.sde(x, t)[1],
@@ -76,17 +65,12 @@ def test_prior_matches_the_last_marginal_and_its_density(sde):
 @pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
 def test_reverse_of_the_exact_gaussian_score_keeps_the_marginal_variance(sde):
   """The probability flow of N(0, s^2) data moves each x_t along its standard deviation."""
-  s = 0.5
   t = jnp.asarray([0.3])
-
-  def std(t):
-    alpha, sigma = sde.marginal_prob(jnp.ones((1,)), t[None])
-    return jnp.sqrt(alpha[0] ** 2 * s**2 + sigma[0] ** 2)
-
-  score = lambda x, t: -x / std(t[0]) ** 2
+  score = gaussian_score(sde, std=0.5)
+  log_std = lambda t: jnp.log(gaussian_marginal(sde, t[None], std=0.5)[1][0])
   x = jnp.full((1, 1), 1.7)
   velocity, diffusion = sde.reverse(score, probability_flow=True).sde(x, t)
-  expected = x[0, 0] * jax.grad(lambda t: jnp.log(std(t)))(t[0])
+  expected = x[0, 0] * jax.grad(log_std)(t[0])
   np.testing.assert_allclose(velocity[0, 0], expected, rtol=1e-4)
   assert diffusion[0] == 0
 
