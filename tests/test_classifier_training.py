@@ -4,7 +4,6 @@ import json
 import os
 import signal
 
-import classifier_training as training
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ import datasets
 import run_lib
 import sde_lib
 from models import classifier, utils
+from modes import train_classifier as training
 from modes.preparation import prepare
 from runtime.errors import UserError
 from runtime.workdir import check_run

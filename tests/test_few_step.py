@@ -8,7 +8,6 @@ import pytest
 import sampling
 import sde_lib
 from configs.vp import mnist_ddpmpp_continuous
-from losses import init_state
 from modes.preparation import prepare
 from runtime.errors import UserError
 from samplers import few_step
@@ -19,6 +18,7 @@ from tests.exact_scores import (
   gaussian_marginal,
   gaussian_score,
 )
+from train_state import init_state
 
 SDES = [sde_lib.VPSDE(), sde_lib.subVPSDE(), sde_lib.VESDE(sigma_max=10.0)]
 MARKED = [SDES[0], *(pytest.param(sde, marks=pytest.mark.slow) for sde in SDES[1:])]

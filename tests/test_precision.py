@@ -8,13 +8,13 @@ import pytest
 import datasets
 import sde_lib
 from configs.vp import mnist_ddpmpp_continuous
-from losses import init_state
 from models import utils
 from modes import train as train_mode
 from modes.preparation import prepare
 from runtime import parallelism
 from runtime.errors import UserError
 from tests import golden_values as golden
+from train_state import init_state
 
 NETWORKS = [
   'vp_ddpmpp_continuous',
