@@ -44,7 +44,6 @@ _INCEPTION_URL = (
 
 MNIST5K_FILE = datasets.ASSETS / 'mnist5k_classifier.safetensors'
 
-_PRECISION_RECALL_SAMPLES = 10_000  # more cost the square of their number
 
 # What a file of statistics may have; `floor_...` besides.
 _MATRICES = ('mu', 'sigma', 'pool_3')
@@ -419,7 +418,7 @@ def sample_metrics(
   Raises:
     UserError: with too few samples.
   """
-  names = _Names(extractor_name, len(pool_3))
+  names = metrics.Names(extractor_name, len(pool_3))
   moments = metrics.moments(pool_3)
   covariance = moments.covariance()
   numbers = {
@@ -441,49 +440,5 @@ def sample_metrics(
   if stats.pool_3 is None:
     warnings.append(f'{stats.name} has no features: no KID, precision and recall.')
   else:
-    numbers |= _feature_metrics(extractor_name, stats.pool_3, pool_3)
+    numbers |= metrics.feature_metrics(extractor_name, stats.pool_3, pool_3)
   return numbers, warnings
-
-
-def real_floor(
-  extractor_name: str,
-  halves: tuple[metrics.Moments, metrics.Moments],
-  pool_3: np.ndarray | None = None,
-) -> dict[str, float]:
-  """Numbers of every second image compared with the others: what perfect samples would have.
-
-  Args:
-    extractor_name: for the names of the numbers.
-    halves: moments of the features of every second image, and of the others.
-    pool_3: the features of all; without them there is only the FID.
-  """
-  real, other = halves
-  if other.count < 2:
-    return {}
-  fid = metrics.frechet_distance(real.mean, real.covariance(), other.mean, other.covariance())
-  floor = {_Names(extractor_name, other.count)('fid'): fid}
-  if pool_3 is not None:
-    floor |= _feature_metrics(extractor_name, pool_3[::2], pool_3[1::2])
-  return floor
-
-
-def _feature_metrics(extractor_name: str, real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
-  numbers = {_Names(extractor_name, len(fake))('kid'): metrics.kernel_distance(real, fake)}
-  real, fake = real[:_PRECISION_RECALL_SAMPLES], fake[:_PRECISION_RECALL_SAMPLES]
-  if min(len(real), len(fake)) > metrics.NEIGHBOURS:
-    names = _Names(extractor_name, len(fake))
-    precision, recall = metrics.precision_recall(real, fake)
-    numbers |= {names('precision'): precision, names('recall'): recall}
-  return numbers
-
-
-@dataclasses.dataclass(frozen=True)
-class _Names:
-  """`fid` -> `fid_inception_50k`."""
-
-  extractor: str
-  count: int
-
-  def __call__(self, metric: str) -> str:
-    count = f'{self.count // 1000}k' if self.count % 1000 == 0 else str(self.count)
-    return f'{metric}_{self.extractor}_{count}'

@@ -7,6 +7,7 @@ What would give NaN, or a number without meaning, raises `UserError`: values tha
 sets of different widths, too few images, a matrix that is no covariance.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,6 +16,7 @@ from runtime.errors import UserError
 
 _BLOCK = 4096
 _LARGEST = 1e50  # of features and logits: the sums of their sixth powers are finite
+_PRECISION_RECALL_SAMPLES = 10_000  # more cost the square of their number
 NEIGHBOURS = 3  # of precision and recall, as published
 
 
@@ -260,3 +262,47 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
 def _blocks(features: np.ndarray, size: int) -> Iterator[np.ndarray]:
   for start in range(0, len(features), size):
     yield np.float64(features[start : start + size])
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+  """`fid` -> `fid_inception_50k`."""
+
+  extractor: str
+  count: int
+
+  def __call__(self, metric: str) -> str:
+    count = f'{self.count // 1000}k' if self.count % 1000 == 0 else str(self.count)
+    return f'{metric}_{self.extractor}_{count}'
+
+
+def real_floor(
+  extractor_name: str,
+  halves: tuple[Moments, Moments],
+  pool_3: np.ndarray | None = None,
+) -> dict[str, float]:
+  """Numbers of every second image compared with the others: what perfect samples would have.
+
+  Args:
+    extractor_name: for the names of the numbers.
+    halves: moments of the features of every second image, and of the others.
+    pool_3: the features of all; without them there is only the FID.
+  """
+  real, other = halves
+  if other.count < 2:
+    return {}
+  fid = frechet_distance(real.mean, real.covariance(), other.mean, other.covariance())
+  floor = {Names(extractor_name, other.count)('fid'): fid}
+  if pool_3 is not None:
+    floor |= feature_metrics(extractor_name, pool_3[::2], pool_3[1::2])
+  return floor
+
+
+def feature_metrics(extractor_name: str, real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
+  numbers = {Names(extractor_name, len(fake))('kid'): kernel_distance(real, fake)}
+  real, fake = real[:_PRECISION_RECALL_SAMPLES], fake[:_PRECISION_RECALL_SAMPLES]
+  if min(len(real), len(fake)) > NEIGHBOURS:
+    names = Names(extractor_name, len(fake))
+    precision, recall = precision_recall(real, fake)
+    numbers |= {names('precision'): precision, names('recall'): recall}
+  return numbers

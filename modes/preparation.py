@@ -17,6 +17,7 @@ import sde_lib
 import train_state
 from models import utils as mutils
 from models.classifier import CLASSIFIERS
+from modes.evaluations import EVALUATIONS
 from runtime import configuration
 from runtime.errors import UserError
 
@@ -38,7 +39,7 @@ def prepare(config: ConfigDict) -> ConfigDict:
 
 
 def _registered_keys(config: ConfigDict) -> dict[str, dict[str, Any]]:
-  """The keys that registered networks, SDEs and data sets read, by section, with an example."""
+  """The keys that what is registered reads, by section, each with an example of its value."""
   defaults = configuration.get_default_configs()
 
   def chosen(section: str, key: str) -> Any:
@@ -52,7 +53,8 @@ def _registered_keys(config: ConfigDict) -> dict[str, dict[str, Any]]:
   model |= sde_lib.SDES.fields(chosen('training', 'sde'))
   data = dict.fromkeys([*_DATA_KEYS, *datasets.DATASETS.fields(chosen('data', 'dataset'))])
   classifier = dict.fromkeys(CLASSIFIERS.fields(chosen('classifier', 'name')))
-  return {'model': model, 'data': data, 'classifier': classifier}
+  enabled = {f'enable_{name}': False for name in EVALUATIONS.names()}
+  return {'model': model, 'data': data, 'classifier': classifier, 'eval': enabled}
 
 
 def _check_values(config: ConfigDict) -> None:

@@ -104,7 +104,7 @@ def _record_settings(directory: pathlib.Path, settings: dict[str, Any]) -> None:
   path = directory / 'settings.json'
   if path.exists():
     old = read_json(path, f'remove {directory}, or set another --config.seed')
-    if differing := differences(old, settings, lambda name: True):
+    if differing := differences(old, settings):
       raise UserError(
         f'{directory} holds samples of other settings: {differing}; set another --config.seed, or '
         f'remove it.'

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import datasets
 import metrics
-from evaluation import get_extractor, provenance, real_floor, stats_path
+from evaluation import get_extractor, provenance, stats_path
 from runtime import parallelism, reporting
 from runtime.errors import UserError
 from runtime.workdir import log_start
@@ -55,7 +55,7 @@ def write_stats(config: ConfigDict) -> pathlib.Path:
       images.add(i * size, pixels)
   features.finish()
   moments = features.moments
-  floor = real_floor(extractor.name, features.halves, features.pool_3)
+  floor = metrics.real_floor(extractor.name, features.halves, features.pool_3)
   arrays = {'mu': moments.mean, 'sigma': moments.covariance(), 'count': moments.count}
   arrays |= {f'made_{k}': v for k, v in provenance(config, extractor, digest.hexdigest()).items()}
   arrays |= {f'floor_{k}': v for k, v in floor.items()}

@@ -115,11 +115,25 @@ def plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(
-  old: Mapping[str, Any], new: Mapping[str, Any], guarded: Callable[[str], bool]
+  old: Mapping[str, Any],
+  new: Mapping[str, Any],
+  guarded: Callable[[str], bool] = lambda name: True,
 ) -> str:
-  """The guarded fields in which two flat configurations differ, for a message; '' if in none."""
+  """The guarded settings that differ between two flat configurations, for a message.
+
+  What only one of them has is named if that is all: another method has other settings.
+
+  Args:
+    old: as recorded.
+    new: as they are now.
+    guarded: whether a setting counts.
+
+  Returns:
+    Each with both values; '' if none differs.
+  """
+  names = sorted(name for name in old.keys() | new.keys() if guarded(name))
+  differing = [name for name in names if old.get(name) != new.get(name)]
+  both = [name for name in differing if name in old and name in new]
   return ', '.join(
-    f'{name} (was {old.get(name)!r}, is {new.get(name)!r})'
-    for name in sorted(old.keys() | new.keys())
-    if guarded(name) and old.get(name) != new.get(name)
+    f'{name} (was {old.get(name)!r}, is {new.get(name)!r})' for name in both or differing
   )

@@ -11,6 +11,7 @@ from PIL import Image
 import datasets
 from configs.vp import mnist_ddpmpp_continuous
 from runtime.errors import UserError
+from sources import tensorflow_datasets
 
 
 @pytest.fixture
@@ -258,7 +259,7 @@ def test_image_is_the_centre_of_the_stored_one(
     opened.append((name, split))
     return datasets.TFDSSource([{'image': image}], transform)
 
-  monkeypatch.setattr(datasets, 'tfds_source', tfds_source)
+  monkeypatch.setattr(tensorflow_datasets, 'tfds_source', tfds_source)
   with config.data.unlocked():
     config.data.update(dataset=dataset, image_size=size, num_channels=3, category='church_outdoor')
   _, test, _ = datasets.get_dataset(config)

@@ -19,6 +19,7 @@ import sampling
 import sde_lib
 import train_state
 from modes import evaluate as evaluation_run
+from modes import evaluations
 from modes import stats as stats_mode
 from modes.preparation import prepare
 from runtime import configuration
@@ -157,7 +158,7 @@ def test_bits_per_dim_are_a_mean_over_each_test_image_twice(trained, uninterrupt
 def test_bits_per_dim_below_zero_come_with_a_warning(trained, tmp_path):
   config, sde, model, _ = restored(trained, 4)
   config.eval.bpd_repeats = 1
-  task = evaluation_run.BitsPerDim(config, tmp_path, sde, model)
+  task = evaluations.BitsPerDim(config, tmp_path, sde, model)
   for r in range(8):
     np.savez(tmp_path / f'test_ckpt_4_bpd_{r}.npz', bpd=np.full(64, 0.5 - (r == 0) * 6.5))
   numbers = task.numbers(4)

@@ -19,12 +19,14 @@ import optax
 import pytest
 import safetensors.numpy
 
+import formats
 import losses
 import run_lib
 import train_state
 from configs.ve import mnist_ncsnpp_continuous
 from configs.ve.ncsnv2 import cifar10 as cifar10_ncsnv2
 from configs.vp.ddpm import cifar10 as cifar10_ddpm
+from formats import torch_port
 from models import utils as mutils
 from modes import convert as conversion
 from modes.preparation import prepare
@@ -319,7 +321,7 @@ def ncsnv2_names(stages, refines):
 )
 def test_parameters_of_ncsnv2_get_their_names_in_the_port(network, stages, refines):
   paths = golden.load(f'net_{network}')['param_names'].tolist()
-  names = {conversion._ncsnv2_name(path, paths) for path in paths}
+  names = {torch_port._ncsnv2_name(path, paths) for path in paths}
   assert names == ncsnv2_names(stages, refines)
   assert len(names) == len(paths)
 
@@ -332,7 +334,7 @@ def test_ncsnv2_of_the_port_becomes_the_same_state(network, tmp_path):
   config = prepare(config)
   state = known_state(config)
   paths = list(golden.flatten(state.params))
-  names = {path: conversion._ncsnv2_name(path, paths) for path in paths}
+  names = {path: torch_port._ncsnv2_name(path, paths) for path in paths}
   content = port_content(state, config, names)
   assert_same(conversion.read_state(config, write_pth(tmp_path / 'c.pth', content)), state)
 
@@ -673,15 +675,15 @@ def test_absent_unnamed_and_unknown_files_are_refused(tmp_path):
 
 def test_a_file_is_recognised_as_one_format_only(flax_file):
   """The length that safetensors begins with can be any byte of MessagePack."""
-  formats = [conversion.FlaxCheckpoint(), conversion.TorchCheckpoint(), conversion.Safetensors()]
+  known = [formats.FlaxCheckpoint(), formats.TorchCheckpoint(), formats.Safetensors()]
   array = {'params/x': np.zeros(1, np.float32)}
   heads = [safetensors.numpy.save(array, {'step': '0' * n})[:64] for n in range(0, 70000, 8)]
   assert {head[0] for head in heads} >= set(range(0x80, 0xE0, 8))
   for head in heads:
-    assert [f.recognises(head) for f in formats] == [False, False, True]
+    assert [f.recognises(head) for f in known] == [False, False, True]
   head = pathlib.Path(flax_file).read_bytes()[:64]
-  assert [f.recognises(head) for f in formats] == [True, False, False]
-  assert [f.recognises(torch_file.LEGACY_MAGIC) for f in formats] == [False, True, False]
+  assert [f.recognises(head) for f in known] == [True, False, False]
+  assert [f.recognises(torch_file.LEGACY_MAGIC) for f in known] == [False, True, False]
 
 
 class Runs:

@@ -1,5 +1,6 @@
 """The directory of a run: who may write there, what is compared, and what a kill leaves."""
 
+import train_state
 import json
 import logging
 import os

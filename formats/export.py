@@ -1,0 +1,56 @@
+"""What `--mode=export` writes: the EMA weights in safetensors."""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import safetensors
+from ml_collections import ConfigDict
+
+from formats.base import Contents, Format, ImportedCheckpoint, register_format
+from runtime import configuration
+from runtime import workdir as workdirs
+from runtime.errors import UserError
+from runtime.weights import enumerate_names
+
+
+@register_format(name='an export in safetensors')
+class Safetensors(Format):
+  """What `export_checkpoint` writes: the EMA weights only."""
+
+  def recognises(self, head: bytes) -> bool:
+    # The length of the JSON header, at most 100 MB, and the header.
+    return head[4:9] == b'\0\0\0\0{'
+
+  def read(self, path: pathlib.Path, config: ConfigDict) -> ImportedCheckpoint:
+    prefix = 'params/'
+    with safetensors.safe_open(path, framework='numpy') as opened:
+      metadata, names = opened.metadata() or {}, opened.keys()
+      step = metadata.get('step', '')
+      ours = [name for name in names if name.startswith(prefix)]
+      if not ours or not re.fullmatch('[0-9]{1,10}', step):
+        raise UserError(
+          f'{path} is not of --mode=export, whose tensors are named params/... and whose metadata '
+          f'has the step: it has {len(names)} tensors ({enumerate_names(names)}) and the metadata '
+          f'({enumerate_names(metadata)}); give a file of --mode=export.'
+        )
+      arrays = {name: opened.get_tensor(name) for name in names}
+    params = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+    model_state = {name: x for name, x in arrays.items() if not name.startswith(prefix)}
+    recorded = Contents(path, _json(metadata.get('config', '{}')), 'give a file of --mode=export')
+    known = configuration.flatten(config).keys()
+    settings = {
+      name: value
+      for name, value in recorded.at(dict).items()
+      if workdirs.of_model(name) and name in known
+    }
+    return ImportedCheckpoint(int(step), params, params, model_state=model_state, settings=settings)
+
+
+def _json(text: str) -> Any:
+  """What a text says in JSON; the text itself if that is nothing."""
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError):
+    return text

@@ -1,0 +1,316 @@
+"""The kinds of numbers that `--mode=eval` computes of a checkpoint: loss, bits/dim, sample quality.
+
+A kind is a class that is registered; `eval.enable_<name>` turns it on:
+
+  @register_evaluation(name='mine')
+  class Mine(Evaluation): ...
+"""
+
+import abc
+import itertools
+import pathlib
+import zipfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import tqdm
+from absl import logging
+from ml_collections import ConfigDict
+
+import datasets
+import evaluation
+import likelihood
+import losses
+import metrics
+import sampling
+from runtime import configuration, npz_file, parallelism, reporting
+from runtime.errors import UserError
+from runtime.registry import Registry
+from runtime.rng import stream
+from runtime.settings import read_keys
+from runtime.workdir import LOCATIONS
+from sde_lib import SDE
+from train_state import State
+
+EVALUATIONS = Registry('evaluation')
+register_evaluation = EVALUATIONS.register
+
+# Settings that all numbers depend on, by the beginning of their names.
+_COMMON = ('seed', 'data.', 'model.', 'training.sde', 'training.continuous', 'eval.batch_size')
+
+
+class Evaluation(abc.ABC):
+  """One kind of numbers about a checkpoint.
+
+  The constructor refuses what cannot be computed, before anything is.
+
+  Attributes:
+    name: in the names of its settings and files.
+    depends_on: beginnings of the names of settings that its numbers depend on.
+    source: the images that its numbers are about; None if it needs none.
+
+  Args:
+    config: the complete configuration.
+    folder: where the files go.
+    sde: the forward SDE.
+    model: the network.
+  """
+
+  name: str
+  depends_on: tuple[str, ...] = ()
+  source: datasets.Source | None = None
+
+  def __init__(self, config: ConfigDict, folder: pathlib.Path, sde: SDE, model: nn.Module):
+    self.config = config
+    self.folder = folder
+    self.sde = sde
+    self.model = model
+
+  def settings(self) -> dict[str, Any]:
+    """What the numbers depend on."""
+    flat = configuration.flatten(self.config)
+    names = (name for name in sorted(flat) if name.startswith(_COMMON + self.depends_on))
+    settings = {name: flat[name] for name in names if name not in LOCATIONS}
+    fingerprint = getattr(self.source, 'fingerprint', None)
+    return settings | ({'data.fingerprint': fingerprint} if fingerprint else {})
+
+  @abc.abstractmethod
+  def is_done(self, number: int) -> bool:
+    """Whether all files of checkpoint `number` are there."""
+
+  @abc.abstractmethod
+  def run(self, number: int, state: State) -> None:
+    """Computes the files that are missing; all processes take part."""
+
+  @abc.abstractmethod
+  def numbers(self, number: int) -> dict[str, Any]:
+    """What the report says, from the files."""
+
+  def write(self, path: pathlib.Path, **arrays: np.ndarray) -> None:
+    if jax.process_index() == 0:
+      if path.exists():
+        logging.warning('%s was damaged; its results have been computed again.', path)
+      reporting.write_npz(path, **arrays)
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+  with np.load(path, allow_pickle=False) as file:
+    return dict(file)
+
+
+def _is_whole(path: pathlib.Path) -> bool:
+  """Whether a file of results is there and as it was written."""
+  try:
+    with zipfile.ZipFile(path) as file:
+      return bool(file.namelist()) and file.testzip() is None
+  except npz_file.UNREADABLE:
+    return False
+
+
+def _missing(paths: list[pathlib.Path]) -> list[int]:
+  """The indices of the files that the first process does not find, or finds damaged."""
+  first = jax.process_index() == 0
+  found = (parallelism.from_first_process(first and _is_whole(path)) for path in paths)
+  return [i for i, whole in enumerate(found) if not whole]
+
+
+def _progress(rounds: Iterable[Any], what: str, files: list[Any], missing: list[int]) -> tqdm.tqdm:
+  """A bar over the missing rounds that counts those that are there as well."""
+  there = len(files) - len(missing)
+  return tqdm.tqdm(rounds, what, len(files), initial=there, unit='round', disable=None)
+
+
+@register_evaluation(name='loss')
+class Loss(Evaluation):
+  """The training objective over the test split, each example once."""
+
+  name = 'loss'
+  depends_on = ('training.reduce_mean', 'training.likelihood_weighting')
+
+  def __init__(self, config, folder, sde, model):
+    super().__init__(config, folder, sde, model)
+    dequantization = config.data.uniform_dequantization
+    _, self._dataset, _ = datasets.get_dataset(config, dequantization, evaluation=True)
+    self.source = self._dataset.source
+    step_fn = losses.build_step_fn(config, sde, model, train=False)
+    preprocess = self._dataset.preprocess
+
+    @jax.jit
+    def batch_loss(rng, state, batch):
+      data_rng, step_rng = jax.random.split(rng)
+      images = preprocess(data_rng, batch['image'])
+      return step_fn((step_rng, state), {'image': images, 'weight': batch['weight']})[1]
+
+    self._batch_loss = batch_loss
+
+  def _path(self, number: int) -> pathlib.Path:
+    return self.folder / f'ckpt_{number}_loss.npz'
+
+  def is_done(self, number: int) -> bool:
+    return _is_whole(self._path(number))
+
+  def run(self, number: int, state: State) -> None:
+    root = jax.random.fold_in(stream(self.config.seed, 'eval'), state.step)
+    dataset, values, counts = self._dataset, [], []
+    batches = tqdm.tqdm(dataset.once(), 'loss', len(dataset), unit='batch', disable=None)
+    for i, batch in enumerate(batches):
+      batch = parallelism.global_batch({key: batch[key] for key in ('image', 'weight')})
+      values.append(float(self._batch_loss(jax.random.fold_in(root, i), state, batch)))
+      counts.append(dataset.count(i))
+    reporting.check_finite(np.asarray(values), 'losses', int(state.step))
+    mean = np.average(np.float64(values), weights=counts)
+    self.write(self._path(number), all_losses=np.float64(values), mean_loss=mean)
+
+  def numbers(self, number: int) -> dict[str, Any]:
+    return {'loss': float(_read(self._path(number))['mean_loss'])}
+
+
+@register_evaluation(name='bpd')
+class BitsPerDim(Evaluation):
+  """Bits/dim of `eval.bpd_dataset`, each image `eval.bpd_repeats` times with other noise."""
+
+  name = 'bpd'
+  depends_on = ('likelihood.', 'eval.bpd')
+
+  def __init__(self, config, folder, sde, model):
+    super().__init__(config, folder, sde, model)
+    self._split = config.eval.bpd_dataset
+    splits = dict(
+      zip(('train', 'test'), datasets.get_dataset(config, evaluation=True), strict=False)
+    )
+    if self._split not in splits:
+      raise UserError(f"eval.bpd_dataset={self._split!r} must be 'train' or 'test'.")
+    self._dataset = splits[self._split]
+    self.source = self._dataset.source
+    self._repeats = config.eval.bpd_repeats or {'train': 1, 'test': 5}[self._split]
+    inverse_scaler = datasets.get_data_inverse_scaler(config)
+    self._likelihood_fn = likelihood.from_config(config, sde, model, inverse_scaler)
+
+  def _files(self, number: int) -> list[pathlib.Path]:
+    rounds = self._repeats * len(self._dataset)
+    return [self.folder / f'{self._split}_ckpt_{number}_bpd_{r}.npz' for r in range(rounds)]
+
+  def is_done(self, number: int) -> bool:
+    return all(_is_whole(path) for path in self._files(number))
+
+  def run(self, number: int, state: State) -> None:
+    root = jax.random.fold_in(stream(self.config.seed, 'bpd'), state.step)
+    files, batches = self._files(number), len(self._dataset)
+    missing = _missing(files)
+    for r, images in _progress(self._images(missing), 'bits/dim', files, missing):
+      rng = jax.random.fold_in(root, r)
+      bpd, _, nfe = self._likelihood_fn(rng, state, parallelism.global_batch(images))
+      bpd = parallelism.to_host(bpd)[: self._dataset.count(r % batches)]
+      reporting.check_finite(bpd, 'bits/dim', int(state.step))
+      self.write(files[r], bpd=bpd, nfe=nfe)
+
+  def _images(self, rounds: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """The increasing `rounds`, each with this process's images of it."""
+    for repeat, group in itertools.groupby(rounds, lambda r: r // len(self._dataset)):
+      wanted = list(group)
+      batches = self._dataset.once(wanted[0] - repeat * len(self._dataset))
+      for r, batch in zip(range(wanted[0], wanted[-1] + 1), batches, strict=False):
+        if r in wanted:
+          yield r, batch['image']
+
+  def numbers(self, number: int) -> dict[str, Any]:
+    images = np.concatenate([_read(path)['bpd'] for path in self._files(number)])
+    bpd = float(np.mean(images, dtype=np.float64))
+    numbers = {f'bpd_{self._split}': bpd}
+    if bpd >= 0:
+      return numbers
+    # Grey levels are discrete: -log2 of a probability.
+    warning = f'{bpd:.3g} bits/dim cannot be: set likelihood.rtol and likelihood.atol lower.'
+    logging.warning('%s', warning)
+    return numbers | {'bpd_warnings': [warning]}
+
+
+@register_evaluation(name='sampling')
+class Samples(Evaluation):
+  """`eval.num_samples` samples, their features and what these say."""
+
+  name = 'sampling'
+  depends_on = ('eval.num_samples', 'eval.extractor')
+
+  def __init__(self, config, folder, sde, model):
+    super().__init__(config, folder, sde, model)
+    data, self._size = config.data, config.eval.batch_size
+    self._count = config.eval.num_samples
+    metrics.check_count(self._count)
+    datasets.check_batch_size(self._size, 'eval.batch_size')
+    if config.eval.extractor == 'none':
+      self._extractor, self._stats = None, None
+    else:
+      self._extractor = evaluation.get_extractor(config)
+      self._stats = evaluation.load_dataset_stats(config, self._extractor)
+    shape = (self._size, data.image_size, data.image_size, data.num_channels)
+    inverse_scaler = datasets.get_data_inverse_scaler(config)
+    self._sampling_fn = sampling.get_sampling_fn(config, sde, model, shape, inverse_scaler)
+
+  def settings(self) -> dict[str, Any]:
+    flat = configuration.flatten(self.config)
+    keys = read_keys(self._reads, self.config)
+    settings = super().settings() | {key: flat.get(key) for key in keys}
+    if self._stats is None:
+      return settings
+    return settings | {'eval.stats_path': self._stats.checksum()}
+
+  def _reads(self, config: ConfigDict) -> None:
+    """Reads the part of the configuration that samples depend on."""
+    sampling.check(config, self.sde)
+    sampling.batch_rng(config, jax.random.PRNGKey(0), 0, 1)
+
+  def _files(self, number: int, kind: str) -> list[pathlib.Path]:
+    rounds = -(-self._count // self._size)
+    return [self.folder / f'ckpt_{number}_host_0' / f'{kind}_{r}.npz' for r in range(rounds)]
+
+  def _report(self, number: int) -> pathlib.Path:
+    return self.folder / f'report_{number}.npz'
+
+  def is_done(self, number: int) -> bool:
+    if self._extractor is not None:
+      return _is_whole(self._report(number))
+    return all(_is_whole(path) for path in self._files(number, 'samples'))
+
+  def run(self, number: int, state: State) -> None:
+    root = jax.random.fold_in(stream(self.config.seed, 'sample'), state.step)
+    drawn, described = self._files(number, 'samples'), self._files(number, 'statistics')
+    missing = _missing(drawn if self._extractor is None else described)
+    for r in _progress(missing, 'samples', drawn, missing):
+      if _missing([drawn[r]]):
+        rng = sampling.batch_rng(self.config, root, r, self._size)
+        samples = self._draw(rng, state)[: self._count - r * self._size]
+        self.write(drawn[r], samples=samples)
+      else:  # killed between the two files
+        samples = _read(drawn[r])['samples']
+      if self._extractor is not None:
+        self.write(described[r], **self._extractor(samples))
+    if self._extractor is not None and jax.process_index() == 0:
+      self._compare(number, described)
+
+  def _draw(self, rng: jax.Array, state: State) -> np.ndarray:
+    samples = parallelism.to_host(self._sampling_fn(rng, state)[0])
+    reporting.check_finite(samples, 'samples', int(state.step))
+    return reporting.to_uint8(samples)
+
+  def _compare(self, number: int, described: list[pathlib.Path]) -> None:
+    parts = [_read(path) for path in described]
+    pool_3, logits = (np.concatenate([part[key] for part in parts]) for key in ('pool_3', 'logits'))
+    del parts
+    name = self._extractor.name
+    numbers, warnings = evaluation.sample_metrics(name, self._stats, pool_3, logits)
+    self.write(self._report(number), **numbers, warnings=np.asarray(warnings, np.str_))
+
+  def numbers(self, number: int) -> dict[str, Any]:
+    if self._extractor is None:
+      return {}
+    content = _read(self._report(number))
+    warnings = content.pop('warnings').tolist()
+    for warning in warnings:
+      logging.warning('%s', warning)
+    numbers = {key: value.item() for key, value in content.items()}
+    of = {'reference': self._stats.name, 'floor': self._stats.floor, 'warnings': warnings}
+    return numbers | {key: value for key, value in of.items() if value}
