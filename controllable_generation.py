@@ -21,7 +21,7 @@ from runtime.registry import Registry
 from samplers.conditions import (
   ClassGuidance,
   FromBlocks,
-  Measurement,
+  Imputation,
   PosteriorGuidance,
   ToBlocks,
   colorization,
@@ -40,8 +40,8 @@ __all__ = [
   'ClassGuidance',
   'Colorize',
   'FromBlocks',
+  'Imputation',
   'Inpaint',
-  'Measurement',
   'PosteriorGuidance',
   'SamplingTask',
   'SuperResolution',
@@ -89,7 +89,7 @@ class SamplingTask(abc.ABC):
     """The labels of the samples number `index`, for tasks that use no test images."""
     return np.full(len(index), -1)
 
-  def given(self, condition: Condition, images: jax.Array) -> jax.Array:
+  def observed(self, condition: Condition, images: jax.Array) -> jax.Array:
     """What of the images the condition knows, as images, for tasks that use test images."""
     return images
 
@@ -102,12 +102,12 @@ class Unconditional(SamplingTask):
     return Condition()
 
 
-class _MeasurementTask(SamplingTask):
-  """Images of which a `Measurement` is given."""
+class _ImputationTask(SamplingTask):
+  """Images of which a `Imputation` is given."""
 
   uses_images = True
 
-  def given(self, condition, images):
+  def observed(self, condition, images):
     return condition.finish(jnp.full_like(images, jnp.min(images)))
 
 
@@ -128,7 +128,7 @@ def _regions(size: int) -> dict[str, np.ndarray]:
 
 
 @register_task(name='inpaint')
-class Inpaint(_MeasurementTask):
+class Inpaint(_ImputationTask):
   """Draws the part of the image that `sampling.mask` names."""
 
   def __init__(self, config, sde, inverse_scaler):
@@ -145,7 +145,7 @@ class Inpaint(_MeasurementTask):
 
 
 @register_task(name='colorize')
-class Colorize(_MeasurementTask):
+class Colorize(_ImputationTask):
   """Gives colours to the mean over the channels."""
 
   def condition(self, images, labels):
@@ -158,7 +158,7 @@ class Colorize(_MeasurementTask):
 
 
 @register_task(name='superres')
-class SuperResolution(_MeasurementTask):
+class SuperResolution(_ImputationTask):
   """Sharpens images of which the means of blocks are given."""
 
   def condition(self, images, labels):

@@ -232,9 +232,9 @@ class DatasetStats:
     covariance: (D, D).
     count: how many images; 0 if the file does not say.
     pool_3: the features, (count, D), or None.
-    made: how the statistics were made: `extractor`, `scaling`, `fingerprint`, `dataset`, `split`,
+    provenance: how the statistics were made: `extractor`, `scaling`, `fingerprint`, `dataset`, `split`,
       `image_size`, `num_channels`, `checksum` (of the images); empty in files of other programs.
-    floor: numbers of one half of the images compared with the other.
+    split_half: the split-half baseline: numbers of one half of the images against the other.
     name: for reports.
   """
 
@@ -242,8 +242,8 @@ class DatasetStats:
   covariance: np.ndarray
   count: int
   pool_3: np.ndarray | None
-  made: dict[str, Any]
-  floor: dict[str, float]
+  provenance: dict[str, Any]
+  split_half: dict[str, float]
   name: str
 
   def checksum(self) -> str:
@@ -322,8 +322,8 @@ def _read_stats(arrays: dict[str, np.ndarray], file_name: str) -> DatasetStats:
     if array.dtype.kind not in 'fiu' or not np.isfinite(array).all():
       raise ValueError(f'{name} has values that are not finite numbers')
   scalars = {name: _scalar(name, array) for name, array in arrays.items() if name not in _MATRICES}
-  made = {name[5:]: value for name, value in scalars.items() if name.startswith('made_')}
-  floor = {name[6:]: value for name, value in scalars.items() if name.startswith('floor_')}
+  provenance = {name[5:]: value for name, value in scalars.items() if name.startswith('made_')}
+  split_half = {name[6:]: value for name, value in scalars.items() if name.startswith('floor_')}
   pool_3 = arrays.get('pool_3')
   if pool_3 is not None:
     if pool_3.ndim < 2 or pool_3.size == 0 or len(pool_3) < 2:
@@ -341,9 +341,9 @@ def _read_stats(arrays: dict[str, np.ndarray], file_name: str) -> DatasetStats:
     raise ValueError(
       f'pool_3 has the shape {pool_3.shape}, but count and mu say ({count}, {mean.size})'
     )
-  name = f'{made.get("dataset")}/{made.get("split")}' if made else file_name
+  name = f'{provenance.get("dataset")}/{provenance.get("split")}' if provenance else file_name
   name = f'{name}/{count}' if count else name
-  return DatasetStats(mean, covariance, count, pool_3, made, floor, name)
+  return DatasetStats(mean, covariance, count, pool_3, provenance, split_half, name)
 
 
 def _scalar(name: str, array: np.ndarray) -> Any:
@@ -370,12 +370,12 @@ def _scalar(name: str, array: np.ndarray) -> Any:
 def _check_stats(
   stats: DatasetStats, path: pathlib.Path, config: ConfigDict, extractor: Extractor
 ) -> None:
-  made, wanted = stats.made, provenance(config, extractor)
+  recorded, wanted = stats.provenance, provenance(config, extractor)
   wanted.pop('checksum')
   differing = [
-    f'{key} (there {made.get(key)!r}, here {wanted[key]!r})'
+    f'{key} (there {recorded.get(key)!r}, here {wanted[key]!r})'
     for key in wanted
-    if made and made.get(key) != wanted[key]
+    if recorded and recorded.get(key) != wanted[key]
   ]
   dim = extractor.num_features
   if not differing and (stats.mean.shape != (dim,) or stats.covariance.shape != (dim, dim)):
@@ -426,7 +426,7 @@ def sample_metrics(
     names('inception_score'): metrics.inception_score(logits),
   }
   warnings = []
-  if not stats.made:
+  if not stats.provenance:
     warnings.append(
       f'{stats.name} does not say how it was made: it is taken to be for {extractor_name}.'
     )

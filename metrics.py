@@ -20,7 +20,7 @@ _PRECISION_RECALL_SAMPLES = 10_000  # more cost the square of their number
 NEIGHBOURS = 3  # of precision and recall, as published
 
 
-class Moments:
+class FeatureMoments:
   """Mean and covariance of features that arrive in blocks.
 
   Args:
@@ -32,7 +32,7 @@ class Moments:
     self.mean = np.zeros(dim)
     self._scatter = np.zeros((dim, dim))
 
-  def add(self, features: np.ndarray) -> 'Moments':
+  def add(self, features: np.ndarray) -> 'FeatureMoments':
     """Takes in more rows (Chan, Golub and LeVeque 1983, Eq. 2.1); returns itself.
 
     Raises:
@@ -58,10 +58,10 @@ class Moments:
     return self._scatter / (self.count - 1)
 
 
-def moments(features: np.ndarray) -> Moments:
+def moments(features: np.ndarray) -> FeatureMoments:
   """Those of a whole set."""
   _check_rows('features', features)
-  return Moments(features.shape[1]).add(features)
+  return FeatureMoments(features.shape[1]).add(features)
 
 
 def check_count(count: int) -> None:
@@ -133,7 +133,7 @@ def frechet_distance(
     raise UserError(f'There is no FID, because {found}: make the moments again from the features.')
   if mean1.shape != mean2.shape:
     raise UserError(
-      f'Moments of {mean1.size} and of {mean2.size} features cannot be compared: use one '
+      f'FeatureMoments of {mean1.size} and of {mean2.size} features cannot be compared: use one '
       f'eval.extractor for both.'
     )
   root1, root2 = _factor(covariance1), _factor(covariance2)
@@ -276,9 +276,9 @@ class Names:
     return f'{metric}_{self.extractor}_{count}'
 
 
-def real_floor(
+def split_half_baseline(
   extractor_name: str,
-  halves: tuple[Moments, Moments],
+  halves: tuple[FeatureMoments, FeatureMoments],
   pool_3: np.ndarray | None = None,
 ) -> dict[str, float]:
   """Numbers of every second image compared with the others: what perfect samples would have.
@@ -292,10 +292,10 @@ def real_floor(
   if other.count < 2:
     return {}
   fid = frechet_distance(real.mean, real.covariance(), other.mean, other.covariance())
-  floor = {Names(extractor_name, other.count)('fid'): fid}
+  baseline = {Names(extractor_name, other.count)('fid'): fid}
   if pool_3 is not None:
-    floor |= feature_metrics(extractor_name, pool_3[::2], pool_3[1::2])
-  return floor
+    baseline |= feature_metrics(extractor_name, pool_3[::2], pool_3[1::2])
+  return baseline
 
 
 def feature_metrics(extractor_name: str, real: np.ndarray, fake: np.ndarray) -> dict[str, float]:

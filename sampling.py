@@ -7,7 +7,7 @@ A predictor or corrector is a class with `update_fn(rng, x, t) -> (x, x_mean)`, 
   class MyPredictor(Predictor):
     def update_fn(self, rng, x, t): ...
 
-A `Method` is a whole way of sampling, cut into steps; a `Condition` is what the samples shall
+A `Sampler` is a whole way of sampling, cut into steps; a `Condition` is what the samples shall
 fulfil. The names below come from the room `samplers/`, whose methods are all registered by
 importing this module.
 """
@@ -22,37 +22,37 @@ import jax.numpy as jnp
 
 from samplers.base import (
   _CORRECTORS,
-  _METHODS,
   _PREDICTORS,
+  SAMPLERS,
+  Callback,
   Condition,
   Corrector,
-  Method,
   Predictor,
   Sampler,
+  SamplingFn,
   UpdateFn,
-  Watch,
+  compile_sampler,
   get_corrector,
   get_predictor,
-  get_sampler,
   register_corrector,
-  register_method,
   register_predictor,
+  register_sampler,
   run,
 )
 from samplers.few_step import (
   DDIM,
   DPMSolverPP,
-  Flow,
-  FlowMethod,
   Heun,
+  NoiseLevelSampler,
+  ProbabilityFlow,
   Solver,
   get_denoiser,
   noise_level,
   register_time_grid,
-  time_of,
+  time_of_noise_level,
 )
 from samplers.latents import get_encoder, interpolate, with_temperature
-from samplers.ode import ProbabilityFlow, get_ode_sampler
+from samplers.ode import ODESampler, get_ode_sampler
 from samplers.predictor_corrector import (
   AncestralSamplingPredictor,
   AnnealedLangevinDynamics,
@@ -72,31 +72,31 @@ __all__ = [
   '_PREDICTORS',
   'AncestralSamplingPredictor',
   'AnnealedLangevinDynamics',
+  'Callback',
   'Condition',
   'Corrector',
   'DPMSolverPP',
   'EulerMaruyamaPredictor',
-  'Flow',
-  'FlowMethod',
   'Heun',
   'LangevinCorrector',
-  'Method',
+  'NoiseLevelSampler',
   'NoneCorrector',
   'NonePredictor',
+  'ODESampler',
   'Predictor',
   'PredictorCorrector',
   'ProbabilityFlow',
   'ReverseDiffusionPredictor',
   'Sampler',
+  'SamplingFn',
   'Solver',
   'UpdateFn',
-  'Watch',
   'batch_rng',
   'check',
+  'compile_sampler',
   'get_corrector',
   'get_denoiser',
   'get_encoder',
-  'get_method',
   'get_ode_sampler',
   'get_pc_sampler',
   'get_predictor',
@@ -105,18 +105,18 @@ __all__ = [
   'interpolate',
   'noise_level',
   'register_corrector',
-  'register_method',
   'register_predictor',
+  'register_sampler',
   'register_time_grid',
   'run',
-  'time_of',
+  'time_of_noise_level',
   'with_temperature',
 ]
 
 
-def get_method(config: Any, sde: SDE, eps: float | None = None) -> Method:
+def get_sampler(config: Any, sde: SDE, eps: float | None = None) -> Sampler:
   """The way of sampling that `config.sampling` describes; `eps` is as in `get_sampling_fn`."""
-  make = _METHODS.get(config.sampling.method)
+  make = SAMPLERS.get(config.sampling.method)
   return make(config, sde, sde.sampling_eps if eps is None else eps)
 
 
@@ -127,7 +127,7 @@ def check(config: Any, sde: SDE, condition: Condition | None = None) -> None:
   """
   data = config.data
   shape = (2, data.image_size, data.image_size, data.num_channels)
-  method, score_fn = get_method(config, sde), lambda x, t: -x
+  method, score_fn = get_sampler(config, sde), lambda x, t: -x
   sample = functools.partial(run, method, score_fn, shape=shape, condition=condition)
   jax.eval_shape(sample, jax.random.PRNGKey(0))
 
@@ -146,7 +146,7 @@ def get_sampling_fn(
   shape: tuple[int, ...],
   inverse_scaler: Callable[[jax.Array], jax.Array],
   eps: float | None = None,
-) -> Sampler:
+) -> SamplingFn:
   """The sampler that `config.sampling` describes, `(rng, state) -> (samples, network calls)`.
 
   Args:
@@ -160,8 +160,8 @@ def get_sampling_fn(
   Raises:
     UserError: for an unknown method, predictor or corrector, or one that the SDE cannot serve.
   """
-  return get_sampler(
-    get_method(config, sde, eps),
+  return compile_sampler(
+    get_sampler(config, sde, eps),
     sde,
     model,
     shape,

@@ -3,7 +3,7 @@
   python -m benchmarks.sampling --config=configs/vp/mnist_ddpmpp_continuous.py --workdir=runs/demo
 
 For each method it draws `--count` images and prints their Frechet distance to the training images
-in the features of `eval.extractor`, and the seconds it took. As many test images give the floor:
+in the features of `eval.extractor`, and the seconds it took. As many test images give the baseline:
 few images make the distance larger. `--plot=FILE` draws the table.
 """
 
@@ -30,7 +30,7 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'A run with a checkpoint.')
 _COUNT = flags.DEFINE_integer('count', 1000, 'Images for each method.')
 _BATCH = flags.DEFINE_integer('batch', 100, 'Images in a batch.')
-_METHODS = flags.DEFINE_list('methods', None, 'Names of rows to run; all by default.')
+SAMPLERS = flags.DEFINE_list('methods', None, 'Names of rows to run; all by default.')
 _PLOT = flags.DEFINE_string('plot', None, 'File for a plot of the table.')
 _OUT = flags.DEFINE_string('out', None, 'JSON lines are added here, and read for the plot.')
 
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
 
   test = np.random.RandomState(0).permutation(images_of(base, 'test'))[: _COUNT.value]
   add({'name': f'{len(test)} test images', 'distance': distance(test)})
-  for name in _METHODS.value or ROWS:
+  for name in SAMPLERS.value or ROWS:
     for settings in ROWS[name]:
       config = base.copy_and_resolve_references()
       config.sampling.update(settings)

@@ -16,8 +16,8 @@ from models.layers import (
   dense,
   get_act,
   get_timestep_embedding,
-  noise_level,
   rematerialized,
+  sigma_of_label,
 )
 from models.utils import register_model
 
@@ -131,6 +131,6 @@ class DDPM(nn.Module):
     h = conv3x3(self.num_channels, init_scale=0.0)(act(GroupNorm(32)(h)))
     h = h.astype(jnp.float32)
     if self.scale_by_sigma:
-      sigma = noise_level(labels, self.sigma_min, self.sigma_max, self.num_scales)
+      sigma = sigma_of_label(labels, self.sigma_min, self.sigma_max, self.num_scales)
       h = h / sigma[:, None, None, None]
     return h

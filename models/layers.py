@@ -189,7 +189,7 @@ def get_timestep_embedding(
   return jnp.pad(embedding, ((0, 0), (0, embedding_dim % 2)))
 
 
-def noise_level(
+def sigma_of_label(
   labels: jax.Array, sigma_min: float, sigma_max: float, num_scales: int
 ) -> jax.Array:
   """sigma, (B,): of `num_scales` in geometric progression, of which label 0 is the largest."""

@@ -17,8 +17,8 @@ from models.layers import (
   dense,
   get_act,
   get_timestep_embedding,
-  noise_level,
   rematerialized,
+  sigma_of_label,
 )
 from models.utils import register_model
 from runtime.errors import UserError
@@ -217,4 +217,4 @@ class NCSNpp(nn.Module):
     """sigma, (B,): the label itself, or the label-th largest of the discrete levels."""
     if self.embedding_type == 'fourier':
       return time_cond
-    return noise_level(time_cond, self.sigma_min, self.sigma_max, self.num_scales)
+    return sigma_of_label(time_cond, self.sigma_min, self.sigma_max, self.num_scales)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from models import refinenet
-from models.layers import compute_dtype, get_act, noise_level, rematerialized
+from models.layers import compute_dtype, get_act, rematerialized, sigma_of_label
 from models.normalization import ConditionalInstanceNorm2dPlus, get_normalization
 from models.refinenet import ncsn_conv
 from models.utils import register_model
@@ -121,7 +121,7 @@ class _RefineNet(nn.Module):
 
     h = ncsn_conv(act(self.normalize(h, labels)), self.num_channels).astype(jnp.float32)
     if self.scale_by_sigma:
-      sigma = noise_level(labels, self.sigma_min, self.sigma_max, self.num_scales)
+      sigma = sigma_of_label(labels, self.sigma_min, self.sigma_max, self.num_scales)
       h = h / sigma[:, None, None, None]
     return h
 

@@ -43,8 +43,8 @@ from train_state import State
 def sample(config: ConfigDict, workdir: pathlib.Path, checkpoint_number: int | None) -> None:
   """See `run_lib.sample`."""
   sde = sde_lib.get_sde(config)
-  draw = RoundDrawer(config, sde)
-  read = read_keys(lambda config: RoundDrawer(config, sde), config)
+  draw = RoundSampler(config, sde)
+  read = read_keys(lambda config: RoundSampler(config, sde), config)
   model, state = load_weights(config, workdir, checkpoint_number)
   settings = config.sampling
   name = f'{settings.task}_{settings.method}_step_{int(state.step)}_seed_{config.seed}'
@@ -79,7 +79,7 @@ def _is_done(directory: pathlib.Path, number: int, size: int) -> bool:
 
 
 def _settings(
-  config: ConfigDict, read: tuple[str, ...], draw: 'RoundDrawer', state: State
+  config: ConfigDict, read: tuple[str, ...], draw: 'RoundSampler', state: State
 ) -> dict[str, Any]:
   """What the samples depend on, given the names of the settings that drawing them has read."""
   free = (*LOCATIONS, 'sampling.num_samples', 'sampling.trajectory_every', 'classifier.checkpoint')
@@ -121,7 +121,7 @@ def weights_checksum(state: State) -> str:
   return digest.hexdigest()[:16]
 
 
-class RoundDrawer:
+class RoundSampler:
   """Draws one batch under the configured task and writes it.
 
   Args:
@@ -145,14 +145,14 @@ class RoundDrawer:
     self._task = controllable_generation.get_task(config, sde, self.inverse_scaler)
     zeros = jax.numpy.zeros((2, *self.shape[1:])), jax.numpy.zeros(2, int)
     sampling.check(config, sde, self._task.condition(*zeros))
-    method = sampling.get_method(config, sde)
+    method = sampling.get_sampler(config, sde)
     sampling.batch_rng(config, self._root, 0, 1)
-    self.calls = method.n_steps * method.calls_per_step
+    self.calls = method.n_steps * method.nfe_per_step
     self.source = datasets.get_source(config, 'test') if self._task.uses_images else None
 
   def __call__(
     self,
-    sampler: sampling.Sampler,
+    sampler: sampling.SamplingFn,
     state: State,
     number: int,
     size: int,
@@ -166,9 +166,11 @@ class RoundDrawer:
     condition = self._task.condition(jax.numpy.asarray(images), jax.numpy.asarray(labels))
     rng = sampling.batch_rng(self._config, self._root, number, self.shape[0])
     every = self._settings.trajectory_every if number == 0 else 0
-    watch = reporting.SamplingProgress(bar, self.calls, every)
+    callback = reporting.SamplingProgress(bar, self.calls, every)
     start = time.perf_counter()
-    samples, nfe = sampler(rng, state, condition=parallelism.replicate(condition), watch=watch)
+    samples, nfe = sampler(
+      rng, state, condition=parallelism.replicate(condition), callback=callback
+    )
     samples = parallelism.to_host(samples)
     reporting.check_finite(samples, 'samples', int(state.step))
     samples = reporting.to_uint8(samples)[:size]
@@ -177,11 +179,11 @@ class RoundDrawer:
       return
     arrays = {'samples': samples, 'labels': labels[:size]}
     if self.source is not None:
-      given = self.inverse_scaler(self._task.given(condition, images))
+      given = self.inverse_scaler(self._task.observed(condition, images))
       arrays |= {'given': reporting.to_uint8(given)[:size], 'originals': originals[:size]}
     reporting.write_npz(directory / f'samples_{number}.npz', **arrays)
-    if watch.frames:
-      reporting.write_trajectory(directory, watch.frames)
+    if callback.frames:
+      reporting.write_trajectory(directory, callback.frames)
     report = {
       'task': self._settings.task,
       'method': self._settings.method,

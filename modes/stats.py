@@ -55,16 +55,16 @@ def write_stats(config: ConfigDict) -> pathlib.Path:
       images.add(i * size, pixels)
   features.finish()
   moments = features.moments
-  floor = metrics.real_floor(extractor.name, features.halves, features.pool_3)
+  baseline = metrics.split_half_baseline(extractor.name, features.halves, features.pool_3)
   arrays = {'mu': moments.mean, 'sigma': moments.covariance(), 'count': moments.count}
   arrays |= {f'made_{k}': v for k, v in provenance(config, extractor, digest.hexdigest()).items()}
-  arrays |= {f'floor_{k}': v for k, v in floor.items()}
+  arrays |= {f'floor_{k}': v for k, v in baseline.items()}
   if features.pool_3 is not None:
     arrays['pool_3'] = features.pool_3
   if jax.process_index() == 0:
     reporting.write_npz(path, **arrays)
   logging.info('%d images of %s: %s', moments.count, config.data.dataset, path)
-  for name, value in floor.items():
+  for name, value in baseline.items():
     logging.info('one half of them compared with the other, %s: %.6g', name, value)
   if config.eval.sigma_max_images:
     logging.info('%s', images.sigma_max_line() if images else sigma_max_line(config))
@@ -101,7 +101,10 @@ class _Features:
   """
 
   def __init__(self, dim: int, count: int, keep: bool):
-    self.moments, self.halves = metrics.Moments(dim), (metrics.Moments(dim), metrics.Moments(dim))
+    self.moments, self.halves = (
+      metrics.FeatureMoments(dim),
+      (metrics.FeatureMoments(dim), metrics.FeatureMoments(dim)),
+    )
     self.pool_3 = np.empty((count, dim), np.float32) if keep else None
     self._waiting: list[np.ndarray] = []  # many rows at a time cost little more than one
 

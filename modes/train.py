@@ -37,7 +37,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
       model, state = _initial_state(config, run.directories)
       train_step = compile_train_step(config, sde, model, train_ds.preprocess)
       eval_step = compile_eval_step(config, sde, model, eval_ds.preprocess)
-      draw = SampleDrawer(
+      draw = SnapshotSampler(
         config, workdir, sde, model, lambda: run.preemption.requested(agreed=False)
       )
 
@@ -108,7 +108,7 @@ class _Interrupted(Exception):
   """Sampling was asked to stop."""
 
 
-class SampleDrawer:
+class SnapshotSampler:
   """Draws a batch from the EMA parameters and writes it to `samples/iter_<step>_host_0`.
 
   The random numbers depend on the seed and the step only.
@@ -146,7 +146,7 @@ class SampleDrawer:
       return True
     rng = jax.random.fold_in(self._root, step)
     try:
-      samples, nfe = self._sampling_fn(rng, state, watch=self._watch)
+      samples, nfe = self._sampling_fn(rng, state, callback=self._callback)
     except _Interrupted:
       return False
     samples = parallelism.to_host(samples)
@@ -161,7 +161,7 @@ class SampleDrawer:
     )
     return True
 
-  def _watch(self, *progress: Any) -> None:
+  def _callback(self, *progress: Any) -> None:
     del progress
     if self._stop_requested():
       raise _Interrupted

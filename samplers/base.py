@@ -1,8 +1,8 @@
-"""What every sampler is made of: predictors, correctors, conditions, methods, and what runs them.
+"""What every sampler is made of: predictors, correctors and conditions, and what runs samplers.
 
-A `Predictor` or `Corrector` is one kind of update; a `Method` is a whole way of sampling, cut into
-steps; a `Condition` is what the samples shall fulfil. `get_sampler` makes a function of a method
-that runs it with any condition.
+A `Predictor` or `Corrector` is one kind of update. A `Sampler` is a whole way of sampling, cut into
+steps. A `Condition` conditions it. `compile_sampler` makes a sampler a function that draws batches
+under any condition.
 """
 
 import abc
@@ -24,23 +24,23 @@ from train_state import State
 
 _PREDICTORS = Registry('predictor')
 _CORRECTORS = Registry('corrector')
-_METHODS = Registry('sampling method')
+SAMPLERS = Registry('sampling method')
 register_predictor = _PREDICTORS.register
 register_corrector = _CORRECTORS.register
-register_method = _METHODS.register
+register_sampler = SAMPLERS.register
 get_predictor = _PREDICTORS.get
 get_corrector = _CORRECTORS.get
 
 PyTree = Any
 UpdateFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-Watch = Callable[[int, int, Callable[[], jax.Array]], None]
+Callback = Callable[[int, int, Callable[[], jax.Array]], None]
 
 
 class Predictor(abc.ABC):
   """One step of a numerical solver of the reverse SDE.
 
   Attributes:
-    network_calls: how often `update_fn` calls `score_fn`; a subclass that does so more or less
+    nfe: how often `update_fn` calls `score_fn`; a subclass that does so more or less
       often than once says so.
 
   Args:
@@ -49,7 +49,7 @@ class Predictor(abc.ABC):
     probability_flow: solve the probability flow ODE (Eq. 13) instead.
   """
 
-  network_calls: ClassVar[int] = 1
+  nfe: ClassVar[int] = 1
 
   def __init__(self, sde: SDE, score_fn: ScoreFn, probability_flow: bool = False):
     self.sde = sde
@@ -75,7 +75,7 @@ class Corrector(abc.ABC):
   """Steps of a Markov chain that leaves p_t invariant.
 
   Attributes:
-    network_calls: how often each of the steps calls `score_fn`.
+    nfe: how often each of the steps calls `score_fn`.
 
   Args:
     sde: the forward SDE.
@@ -84,7 +84,7 @@ class Corrector(abc.ABC):
     n_steps: number of steps.
   """
 
-  network_calls: ClassVar[int] = 1
+  nfe: ClassVar[int] = 1
 
   def __init__(self, sde: SDE, score_fn: ScoreFn, snr: float, n_steps: int):
     self.sde = sde
@@ -129,18 +129,18 @@ class Condition(flax.struct.PyTreeNode):
     return x
 
 
-class Method(abc.ABC):
+class Sampler(abc.ABC):
   """A way of sampling, cut into steps so that a long run can be watched and stopped.
 
   What it carries from step to step is a tuple whose first element is x_t.
 
   Attributes:
     n_steps: number of calls of `step`.
-    calls_per_step: network calls in each.
+    nfe_per_step: network calls in each.
   """
 
   n_steps: int
-  calls_per_step: int = 1
+  nfe_per_step: int = 1
 
   @abc.abstractmethod
   def init(
@@ -166,11 +166,11 @@ class Method(abc.ABC):
   def nfe(self, carry: tuple[Any, ...]) -> int:
     """Network calls of a whole run."""
     del carry
-    return self.n_steps * self.calls_per_step
+    return self.n_steps * self.nfe_per_step
 
 
 def run(
-  method: Method,
+  method: Sampler,
   score_fn: ScoreFn,
   rng: jax.Array,
   shape: tuple[int, ...],
@@ -185,8 +185,8 @@ def run(
   return condition.finish(method.result(score_fn, condition, carry))
 
 
-class Sampler(Protocol):
-  """What `get_sampler` returns."""
+class SamplingFn(Protocol):
+  """What `compile_sampler` returns."""
 
   def __call__(
     self,
@@ -194,7 +194,7 @@ class Sampler(Protocol):
     state: State,
     z: jax.Array | None = None,
     condition: Condition | None = None,
-    watch: Watch | None = None,
+    callback: Callback | None = None,
   ) -> tuple[jax.Array, int]:
     """Draws a batch with the EMA parameters.
 
@@ -206,8 +206,8 @@ class Sampler(Protocol):
       state: of training.
       z: x_T, (B, H, W, C); drawn from the prior by default.
       condition: what the samples shall fulfil.
-      watch: called as `watch(steps done, all steps, function that returns x_t)` now and then; the
-        function may be kept and called at any time.
+      callback: called now and then as `callback(steps done, all steps, function that returns x_t)`;
+        the function may be kept and called at any time.
 
     Returns:
       Images (B, H, W, C) behind the inverse scaler, and the number of network calls.
@@ -217,8 +217,8 @@ class Sampler(Protocol):
     """
 
 
-def get_sampler(
-  method: Method,
+def compile_sampler(
+  method: Sampler,
   sde: SDE,
   model: nn.Module,
   shape: tuple[int, ...],
@@ -226,7 +226,7 @@ def get_sampler(
   continuous: bool = True,
   frame_every: int = 0,
   steps_per_call: int | None = None,
-) -> Sampler:
+) -> SamplingFn:
   """A function that draws batches by `method`.
 
   Args:
@@ -236,7 +236,7 @@ def get_sampler(
     shape: (B, H, W, C) over all devices.
     inverse_scaler: from the network's range to [0, 1].
     continuous: whether the network was trained on continuous time.
-    frame_every: steps between the calls of `watch`; 0 leaves that to `steps_per_call`.
+    frame_every: steps between the calls of `callback`; 0 leaves that to `steps_per_call`.
     steps_per_call: steps in one compiled call. By default 1 on CPU, where a call costs nothing and
       XLA slows convolutions in loops down; elsewhere `frame_every` or a twentieth of all steps.
   """
@@ -257,7 +257,7 @@ def get_sampler(
     carry = jax.vmap(start)(_single(condition), rng, _single(z))
     return jax.tree.map(parallelism.shard_batch, carry)
 
-  # Without donation of the carry: `watch` may keep x_t.
+  # Without donation of the carry: `callback` may keep x_t.
   @functools.partial(jax.jit, static_argnums=(0,))
   def advance(per_image, network, condition, begin, end, carry):
     step = functools.partial(method.step, score_fn_of(*network))
@@ -277,7 +277,7 @@ def get_sampler(
       return inverse_scaler(jax.vmap(result)(_single(condition), carry)[:, 0])
     return inverse_scaler(result(condition, carry))
 
-  def sampler(rng, state, z=None, condition=None, watch=None):
+  def sampler(rng, state, z=None, condition=None, callback=None):
     condition = condition or Condition()
     keys = key_shape(rng)
     if len(keys) > 1:
@@ -289,9 +289,9 @@ def get_sampler(
       carry = advance(per_image, network, condition, begin, end, carry)
       # On CPU, several calls in flight may deadlock, each with a share of XLA's threads.
       jax.block_until_ready(carry)
-      if watch is not None:
+      if callback is not None:
         x = carry[0][:, 0] if per_image else carry[0]
-        watch(end, method.n_steps, functools.partial(inverse_scaler, x))
+        callback(end, method.n_steps, functools.partial(inverse_scaler, x))
     return finish(per_image, network, condition, carry), method.nfe(carry)
 
   return sampler

@@ -2,7 +2,7 @@
 
 A condition wraps the score or the update of a sampler, so that each works with each:
 
-- `Measurement`: some coordinates in an orthonormal basis are known. Inpainting, colorization and
+- `Imputation`: some coordinates in an orthonormal basis are known. Inpainting, colorization and
   super-resolution differ in the basis only (appendix I.2, I.3).
 - `ClassGuidance`: the gradient of a noise-conditional classifier is added to the score (Eq. 14).
 - `PosteriorGuidance`: y = A(x) + noise for any function A, by the gradient of an estimate of
@@ -30,7 +30,7 @@ def _identity(x: jax.Array) -> jax.Array:
   return x
 
 
-class Measurement(Condition):
+class Imputation(Condition):
   """Some coordinates of the image in an orthonormal basis are known.
 
   Methods with updates (predictors and correctors) are projected: after each update the known
@@ -88,7 +88,7 @@ class Measurement(Condition):
     return self._fill(x, self.known) if self.exact else x
 
 
-def inpainting(sde: SDE, images: jax.Array, mask: jax.Array) -> Measurement:
+def inpainting(sde: SDE, images: jax.Array, mask: jax.Array) -> Imputation:
   """The pixels where `mask` is nonzero are known.
 
   Args:
@@ -96,7 +96,7 @@ def inpainting(sde: SDE, images: jax.Array, mask: jax.Array) -> Measurement:
     images: (B, H, W, C), in the network's range.
     mask: broadcasts to the shape of `images`.
   """
-  return Measurement(sde, images, jnp.broadcast_to(mask, images.shape))
+  return Imputation(sde, images, jnp.broadcast_to(mask, images.shape))
 
 
 def constant_first_basis(size: int) -> np.ndarray:
@@ -151,7 +151,7 @@ def _first_known(coordinates: jax.Array) -> jax.Array:
   return jnp.zeros(coordinates.shape).at[..., 0].set(1.0)
 
 
-def colorization(sde: SDE, gray: jax.Array) -> Measurement:
+def colorization(sde: SDE, gray: jax.Array) -> Imputation:
   """The mean over the channels is known (appendix I.3).
 
   Args:
@@ -159,10 +159,10 @@ def colorization(sde: SDE, gray: jax.Array) -> Measurement:
     gray: (B, H, W, C), in the network's range; only the mean of the channels is used.
   """
   known = _to_basis(gray)
-  return Measurement(sde, known, _first_known(known), _to_basis, _from_basis)
+  return Imputation(sde, known, _first_known(known), _to_basis, _from_basis)
 
 
-def super_resolution(sde: SDE, images: jax.Array, factor: int) -> Measurement:
+def super_resolution(sde: SDE, images: jax.Array, factor: int) -> Imputation:
   """The mean over each block of `factor` x `factor` pixels is known.
 
   Args:
@@ -180,7 +180,7 @@ def super_resolution(sde: SDE, images: jax.Array, factor: int) -> Measurement:
       f'{height}x{width}.'
     )
   known = ToBlocks(factor)(images)
-  return Measurement(sde, known, _first_known(known), ToBlocks(factor), FromBlocks(factor))
+  return Imputation(sde, known, _first_known(known), ToBlocks(factor), FromBlocks(factor))
 
 
 class ClassGuidance(Condition):

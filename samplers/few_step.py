@@ -25,7 +25,7 @@ import numpy as np
 from runtime import parallelism
 from runtime.errors import UserError
 from runtime.registry import Registry
-from samplers.base import Condition, Method, register_method
+from samplers.base import Condition, Sampler, register_sampler
 from sde_lib import SDE, ScoreFn, batch_mul
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
@@ -40,7 +40,7 @@ def noise_level(sde: SDE, t: jax.Array) -> jax.Array:
   return sigma / alpha
 
 
-def time_of(sde: SDE, s: jax.Array, eps: float) -> jax.Array:
+def time_of_noise_level(sde: SDE, s: jax.Array, eps: float) -> jax.Array:
   """The t in [eps, T] with noise level `s`, by bisection, for any SDE."""
 
   def halve(_, bounds):
@@ -77,7 +77,7 @@ def logsnr_grid(sde: SDE, n: int, eps: float, rho: float) -> jax.Array:
 
 def _between(sde: SDE, s: jax.Array, eps: float) -> jax.Array:
   """The times of decreasing noise levels, from exactly T to exactly eps."""
-  return time_of(sde, s, eps).at[0].set(sde.T).at[-1].set(eps)
+  return time_of_noise_level(sde, s, eps).at[0].set(sde.T).at[-1].set(eps)
 
 
 def get_denoiser(sde: SDE, score_fn: ScoreFn) -> Denoiser:
@@ -91,7 +91,7 @@ def get_denoiser(sde: SDE, score_fn: ScoreFn) -> Denoiser:
 
 
 @dataclasses.dataclass(frozen=True)
-class Flow:
+class ProbabilityFlow:
   """The probability flow ODE in (s, y), on a grid of times.
 
   Attributes:
@@ -128,7 +128,7 @@ class Solver(abc.ABC):
   A subclass names the one of the two that it takes in `noise`.
   """
 
-  evaluations = 1  # calls of the denoiser in a step
+  nfe = 1  # calls of the denoiser in a step
   noise = 'eta'
 
   def __init__(self, eta: float = 0.0, churn: float = 0.0):
@@ -144,26 +144,28 @@ class Solver(abc.ABC):
       )
     self.eta, self.churn = eta, churn
 
-  def init(self, flow: Flow, y: jax.Array) -> Any:
+  def init(self, flow: ProbabilityFlow, y: jax.Array) -> Any:
     """What a step needs of the ones before, first."""
     del flow, y
     return ()
 
   @abc.abstractmethod
   def step(
-    self, flow: Flow, i: jax.Array, rng: jax.Array, y: jax.Array, memory: Any
+    self, flow: ProbabilityFlow, i: jax.Array, rng: jax.Array, y: jax.Array, memory: Any
   ) -> tuple[jax.Array, Any]:
     """From `flow.t[i]` to `flow.t[i + 1]`."""
 
-  def hold(self, flow: Flow, i: jax.Array, rng: jax.Array, y: jax.Array, D: jax.Array) -> jax.Array:
+  def ddim_step(
+    self, flow: ProbabilityFlow, i: jax.Array, rng: jax.Array, y: jax.Array, D: jax.Array
+  ) -> jax.Array:
     """The exact solution over a step in which the denoised image is `D` throughout.
 
     y' = D + c (y - D) + n z with the new noise n = eta s' sqrt(1 - (s'/s)^2) and c such that
     c^2 s^2 + n^2 = s'^2 (Song, Meng and Ermon 2021, Eq. 12 and 16).
     """
-    s, following = flow.s[i], flow.s[i + 1]
-    new = self.eta * following * jnp.sqrt(1 - (following / s) ** 2)
-    y = D + jnp.sqrt(following**2 - new**2) / s * (y - D)
+    s, s_next = flow.s[i], flow.s[i + 1]
+    new = self.eta * s_next * jnp.sqrt(1 - (s_next / s) ** 2)
+    y = D + jnp.sqrt(s_next**2 - new**2) / s * (y - D)
     return y + new * jax.random.normal(rng, y.shape) if self.eta else y
 
 
@@ -174,29 +176,29 @@ class DDIM(Solver):
   """
 
   def step(self, flow, i, rng, y, memory):
-    return self.hold(flow, i, rng, y, flow.D(y, flow.t[i])), memory
+    return self.ddim_step(flow, i, rng, y, flow.D(y, flow.t[i])), memory
 
 
 class Heun(Solver):
   """Heun's method with optional churn (Karras et al. 2022, Algorithm 2). Order 2 without churn."""
 
-  evaluations = 2
+  nfe = 2
   noise = 'churn'
 
   def step(self, flow, i, rng, y, memory):
     s, t = flow.s[i], flow.t[i]
     if self.churn:
       gamma = min(self.churn / flow.n_steps, np.sqrt(2) - 1)
-      churned = jnp.minimum(s * (1 + gamma), flow.s[0])
-      added = (churned - s) * (churned + s)  # never negative, as a difference of squares may be
+      s_hat = jnp.minimum(s * (1 + gamma), flow.s[0])
+      added = (s_hat - s) * (s_hat + s)  # never negative, as a difference of squares may be
       y = y + jnp.sqrt(added) * jax.random.normal(rng, y.shape)
-      there = time_of(flow.sde, churned[None], flow.t[-1])[0]
-      s, t = churned, jnp.where(churned > s, there, t)
-    following = flow.s[i + 1]
+      t_hat = time_of_noise_level(flow.sde, s_hat[None], flow.t[-1])[0]
+      s, t = s_hat, jnp.where(s_hat > s, t_hat, t)
+    s_next = flow.s[i + 1]
     slope = (y - flow.D(y, t)) / s
-    euler = y + (following - s) * slope
-    slope_there = (euler - flow.D(euler, flow.t[i + 1])) / following
-    return y + (following - s) * (slope + slope_there) / 2, memory
+    euler = y + (s_next - s) * slope
+    slope_next = (euler - flow.D(euler, flow.t[i + 1])) / s_next
+    return y + (s_next - s) * (slope + slope_next) / 2, memory
 
 
 class DPMSolverPP(Solver):
@@ -214,10 +216,10 @@ class DPMSolverPP(Solver):
     h_before = jnp.log(flow.s[i - 1] / flow.s[i])
     extrapolated = D + h / (2 * h_before) * (D - memory)
     target = jnp.where(i == 0, D, extrapolated)  # the first step has no predecessor
-    return self.hold(flow, i, rng, y, target), D
+    return self.ddim_step(flow, i, rng, y, target), D
 
 
-class FlowMethod(Method):
+class NoiseLevelSampler(Sampler):
   """A sampling method that follows the probability flow by one of the solvers here.
 
   Args:
@@ -252,14 +254,14 @@ class FlowMethod(Method):
     self.sde, self.solver, self.denoise = sde, solver, denoise
     self.n_updates = n_steps
     self.n_steps = n_steps - denoise  # of the solver; `result` takes the last one
-    self.calls_per_step = solver.evaluations
+    self.nfe_per_step = solver.nfe
     with jax.ensure_compile_time_eval():
       self.t = grid(sde, self.n_steps + 1, eps, rho)
       self.s = noise_level(sde, self.t)
 
-  def _flow(self, score_fn: ScoreFn, condition: Condition) -> Flow:
+  def _flow(self, score_fn: ScoreFn, condition: Condition) -> ProbabilityFlow:
     denoiser = get_denoiser(self.sde, condition.flow_score(score_fn))
-    return Flow(self.sde, denoiser, self.t, self.s, self.n_updates)
+    return ProbabilityFlow(self.sde, denoiser, self.t, self.s, self.n_updates)
 
   def _alpha(self, i: int | jax.Array) -> jax.Array:
     return self.sde.marginal_prob(jnp.ones(1), self.t[i][None])[0]
@@ -285,9 +287,9 @@ class FlowMethod(Method):
 
 
 def _register(name: str, solver: type[Solver]) -> None:
-  def make(config: Any, sde: SDE, eps: float) -> Method:
+  def make(config: Any, sde: SDE, eps: float) -> Sampler:
     settings = config.sampling
-    return FlowMethod(
+    return NoiseLevelSampler(
       sde,
       solver(settings.eta, settings.churn),
       settings.n_steps or sde.N,
@@ -298,7 +300,7 @@ def _register(name: str, solver: type[Solver]) -> None:
     )
 
   make.__qualname__ = solver.__qualname__
-  register_method(make, name=name)
+  register_sampler(make, name=name)
 
 
 _register('ddim', DDIM)

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 
 from runtime import parallelism
 from samplers import ode_solver
-from samplers.base import Method, Sampler, get_sampler, register_method
+from samplers.base import Sampler, SamplingFn, compile_sampler, register_sampler
 from samplers.predictor_corrector import ReverseDiffusionPredictor
 from sde_lib import SDE
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbabilityFlow(Method):
+class ODESampler(Sampler):
   """The probability flow ODE (Eq. 13) from T to `eps`, by an adaptive solver.
 
-  One step controller serves the whole batch. It is one `Method` step.
+  One step controller serves the whole batch. It is one `Sampler` step.
 
   Attributes:
     sde: the forward SDE.
@@ -73,7 +73,7 @@ def get_ode_sampler(
   method: str = 'RK45',
   eps: float = 1e-3,
   continuous: bool = True,
-) -> Sampler:
+) -> SamplingFn:
   """A sampler `(rng, state, z=None) -> (samples, number of network calls)` by the flow of Eq. 13.
 
   Args:
@@ -88,12 +88,12 @@ def get_ode_sampler(
     eps: the last time.
     continuous: whether the network was trained on continuous time.
   """
-  flow = ProbabilityFlow(sde, denoise, rtol, atol, ode_solver.check_method(method), eps)
-  return get_sampler(flow, sde, model, shape, inverse_scaler, continuous)
+  flow = ODESampler(sde, denoise, rtol, atol, ode_solver.check_method(method), eps)
+  return compile_sampler(flow, sde, model, shape, inverse_scaler, continuous)
 
 
-@register_method(name='ode')
-def _ode_method(config: Any, sde: SDE, eps: float) -> Method:
+@register_sampler(name='ode')
+def _ode_method(config: Any, sde: SDE, eps: float) -> Sampler:
   settings = config.sampling
   solver = ode_solver.check_method(settings.ode_solver)
-  return ProbabilityFlow(sde, settings.noise_removal, settings.rtol, settings.atol, solver, eps)
+  return ODESampler(sde, settings.noise_removal, settings.rtol, settings.atol, solver, eps)

@@ -13,15 +13,15 @@ from runtime import parallelism
 from runtime.errors import UserError
 from samplers.base import (
   Corrector,
-  Method,
   Predictor,
   Sampler,
+  SamplingFn,
+  compile_sampler,
   get_corrector,
   get_predictor,
-  get_sampler,
   register_corrector,
-  register_method,
   register_predictor,
+  register_sampler,
 )
 from sde_lib import SDE, ScoreFn, batch_mul
 
@@ -71,7 +71,7 @@ class AncestralSamplingPredictor(Predictor):
 class NonePredictor(Predictor):
   """Leaves x as it is, for sampling with a corrector alone."""
 
-  network_calls = 0
+  nfe = 0
 
   def update_fn(self, rng, x, t):
     return x, x
@@ -124,7 +124,7 @@ class AnnealedLangevinDynamics(_LangevinSteps):
 class NoneCorrector(Corrector):
   """Leaves x as it is, for sampling with a predictor alone."""
 
-  network_calls = 0
+  nfe = 0
 
   def update_fn(self, rng, x, t):
     return x, x
@@ -135,7 +135,7 @@ def _mean_norm(x: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictorCorrector(Method):
+class PredictorCorrector(Sampler):
   """Algorithm 1 over `sde.N` times from T to `eps`.
 
   Each step corrects at its time and then predicts the next: the order of the reference
@@ -168,9 +168,9 @@ class PredictorCorrector(Method):
     return self.sde.N
 
   @property
-  def calls_per_step(self) -> int:
-    corrections = self.n_corrector_steps * self.corrector.network_calls
-    return corrections + self.predictor.network_calls
+  def nfe_per_step(self) -> int:
+    corrections = self.n_corrector_steps * self.corrector.nfe
+    return corrections + self.predictor.nfe
 
   def init(self, score_fn, condition, rng, shape, z):
     rng, prior_rng = jax.random.split(rng)
@@ -208,7 +208,7 @@ def get_pc_sampler(
   continuous: bool = False,
   denoise: bool = True,
   eps: float = 1e-3,
-) -> Sampler:
+) -> SamplingFn:
   """A predictor-corrector sampler `(rng, state) -> (samples, number of network calls)`.
 
   Args:
@@ -235,16 +235,16 @@ def get_pc_sampler(
     denoise,
     eps,
   )
-  return get_sampler(method, sde, model, shape, inverse_scaler, continuous)
+  return compile_sampler(method, sde, model, shape, inverse_scaler, continuous)
 
 
-@register_method(name='pc')
-def _pc_method(config: Any, sde: SDE, eps: float) -> Method:
+@register_sampler(name='pc')
+def _pc_method(config: Any, sde: SDE, eps: float) -> Sampler:
   settings = config.sampling
   if settings.n_steps_each < 0:
     raise UserError(f'sampling.n_steps_each={settings.n_steps_each} must not be negative.')
   predictor, corrector = get_predictor(settings.predictor), get_corrector(settings.corrector)
-  if not predictor.network_calls + settings.n_steps_each * corrector.network_calls:
+  if not predictor.nfe + settings.n_steps_each * corrector.nfe:
     raise UserError(
       f'sampling.predictor={settings.predictor!r} and sampling.corrector={settings.corrector!r} '
       f'with sampling.n_steps_each={settings.n_steps_each} never ask the network, so that samples '

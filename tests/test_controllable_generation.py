@@ -118,7 +118,7 @@ def pc(sde):
 
 
 def flow(sde):
-  return few_step.FlowMethod(sde, few_step.DPMSolverPP(eta=1.0), 100, 'logsnr', eps=1e-3)
+  return few_step.NoiseLevelSampler(sde, few_step.DPMSolverPP(eta=1.0), 100, 'logsnr', eps=1e-3)
 
 
 METHODS = {'pc': pc, 'dpm_solver++': flow}
@@ -223,9 +223,9 @@ def small_methods(sde, denoise=True):
     'pc': sampling.PredictorCorrector(
       sde, predictor, corrector, denoise=denoise, eps=sde.sampling_eps
     ),
-    'ode': sampling.ProbabilityFlow(sde, rtol=1e-3, atol=1e-3),
+    'ode': sampling.ODESampler(sde, rtol=1e-3, atol=1e-3),
     **{
-      name: few_step.FlowMethod(sde, solver, 8, denoise=denoise)
+      name: few_step.NoiseLevelSampler(sde, solver, 8, denoise=denoise)
       for name, solver in (
         ('ddim', few_step.DDIM()),
         ('heun', few_step.Heun(churn=2.0)),

@@ -80,7 +80,9 @@ def test_statistics_are_of_each_image_once_as_it_is(config, extractor):
   np.testing.assert_allclose(stats.mean, features.mean(0), rtol=1e-6)
   np.testing.assert_allclose(stats.covariance, np.cov(features.T), rtol=1e-5, atol=1e-9)
   assert stats.name == 'MNIST5K/train/4500'
-  assert set(stats.floor) == {f'{name}_tiny_2250' for name in ('fid', 'kid', 'precision', 'recall')}
+  assert set(stats.split_half) == {
+    f'{name}_tiny_2250' for name in ('fid', 'kid', 'precision', 'recall')
+  }
   # Its own keys are those of TTUR, and of the 2021 code.
   with np.load(path) as file:
     assert {'mu', 'sigma', 'pool_3'} <= set(file.files)
@@ -217,7 +219,7 @@ def test_what_else_a_file_of_statistics_has_is_not_looked_at(config, extractor):
   odd = {'arr_0': np.array([{}]), 'made_by': np.array([None]), 'x/../y': np.zeros(2), '': 3}
   np.savez(config.eval.stats_path, **content(), **odd)
   stats = evaluation.load_dataset_stats(config, extractor)
-  assert (stats.count, stats.made, stats.pool_3) == (0, {}, None)
+  assert (stats.count, stats.provenance, stats.pool_3) == (0, {}, None)
 
 
 def test_files_that_are_something_else_are_refused(config, extractor):
@@ -373,7 +375,7 @@ def test_without_features_the_numbers_are_the_same_and_memory_does_not_grow(
     np.testing.assert_array_equal(streamed[key], kept[key])
 
 
-def test_the_floor_compares_every_second_image_with_the_others():
+def test_the_split_half_baseline_compares_every_second_image_with_the_others():
   """Also where a batch ends in between."""
   features = np.random.RandomState(0).randn(301, 8).astype(np.float32)
   streamed = stats_mode._Features(8, 301, False)

@@ -20,7 +20,7 @@ from tests.exact_scores import ConstantBetaSDE, gaussian_score
 class MidpointPredictor(sampling.Predictor):
   """The midpoint rule for the probability flow."""
 
-  network_calls = 2
+  nfe = 2
 
   def update_fn(self, rng, x, t):
     dt = -self.rsde.T / self.rsde.N
@@ -138,4 +138,4 @@ def test_a_predictor_registered_without_a_name_is_found(config):
 
   for name in ('Unnamed', 'unnamed'):
     config.sampling.predictor = name
-    assert sampling.get_method(config, sde_lib.get_sde(config)).predictor is Unnamed
+    assert sampling.get_sampler(config, sde_lib.get_sde(config)).predictor is Unnamed

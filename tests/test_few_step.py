@@ -29,7 +29,7 @@ EPS = 1e-2
 
 
 def method_of(sde, solver, grid, n):
-  return few_step.FlowMethod(sde, solver, n, grid, denoise=False, eps=EPS)
+  return few_step.NoiseLevelSampler(sde, solver, n, grid, denoise=False, eps=EPS)
 
 
 def draw(method, rng, shape):
@@ -79,7 +79,7 @@ def test_grids_run_from_the_prior_to_eps_and_decrease(sde, grid):
 @pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
 def test_time_is_found_from_the_noise_level(sde):
   t = jnp.linspace(1e-2, sde.T, 50)
-  found = few_step.time_of(sde, few_step.noise_level(sde, t), 1e-3)
+  found = few_step.time_of_noise_level(sde, few_step.noise_level(sde, t), 1e-3)
   np.testing.assert_allclose(found, t, atol=1e-5)
 
 

@@ -77,7 +77,7 @@ def test_likelihood_of_a_mixture_is_its_density(sde, points):
 @by_name
 def test_ode_samples_of_a_mixture_have_its_moments_and_density(sde, points):
   """The flow maps quantiles to quantiles; its Jacobian turns p_T into p_0."""
-  method = sampling.ProbabilityFlow(sde, rtol=1e-6, atol=1e-6, eps=1e-5)
+  method = sampling.ODESampler(sde, rtol=1e-6, atol=1e-6, eps=1e-5)
   z = sde.prior_sampling(jax.random.PRNGKey(1), (64, D))
   decode = jax.jit(
     lambda z: sampling.run(
@@ -95,7 +95,7 @@ def test_ode_samples_of_a_mixture_have_its_moments_and_density(sde, points):
 @by_name
 def test_ode_samples_of_a_gaussian_equal_the_closed_form(sde):
   mean, std, eps = 0.3, 0.5, 1e-3
-  method = sampling.ProbabilityFlow(sde, eps=eps)
+  method = sampling.ODESampler(sde, eps=eps)
   z = sde.prior_sampling(jax.random.PRNGKey(0), (128, D))
   score_fn = gaussian_score(sde, mean, std)
   x = jax.jit(lambda z: sampling.run(method, score_fn, jax.random.PRNGKey(0), z.shape, z))(z)

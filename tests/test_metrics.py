@@ -59,7 +59,7 @@ def test_fid_of_gaussians_in_two_dimensions_is_the_closed_form():
 
 def test_streamed_moments_are_those_of_the_whole_in_double_precision():
   features = (1000 + np.random.RandomState(2).randn(9000, 7)).astype(np.float32)
-  streamed = metrics.Moments(7)
+  streamed = metrics.FeatureMoments(7)
   for part in np.split(features, [1, 2, 5000, 5001]):
     streamed.add(part)
   assert streamed.count == 9000
@@ -154,13 +154,13 @@ def test_what_is_no_matrix_of_real_numbers_is_refused(score):
 
 def test_features_of_different_width_are_refused():
   eight, four = np.random.RandomState(0).randn(9, 8), np.eye(9, 4)
-  with pytest.raises(UserError, match='Moments of 8 and of 4 features cannot be compared'):
+  with pytest.raises(UserError, match='FeatureMoments of 8 and of 4 features cannot be compared'):
     fid(eight, four)
   for score in (metrics.kernel_distance, metrics.precision_recall):
     with pytest.raises(UserError, match='have 4 columns, .* have 8: use one eval.extractor'):
       score(eight, four)
   with pytest.raises(UserError, match='have 1 columns, .* have 8'):
-    metrics.Moments(8).add(np.zeros((3, 1)))  # would broadcast
+    metrics.FeatureMoments(8).add(np.zeros((3, 1)))  # would broadcast
 
 
 def test_no_images_have_no_score():

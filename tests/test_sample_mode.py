@@ -43,8 +43,8 @@ def sampler_of(method, **options):
   config.sampling.update(METHODS[method])
   sde = sde_lib.get_sde(config)
   config = prepare(config)
-  method = sampling.get_method(config, sde)
-  return sampling.get_sampler(method, sde, NETWORK, SHAPE, lambda x: x, True, **options)
+  method = sampling.get_sampler(config, sde)
+  return sampling.compile_sampler(method, sde, NETWORK, SHAPE, lambda x: x, True, **options)
 
 
 @pytest.fixture(scope='module')
@@ -87,7 +87,7 @@ def test_with_a_key_per_image_an_image_does_not_depend_on_its_batch(method, stat
 def test_a_sampler_is_watched_with_its_state_and_stopped_from_there(state):
   sampler = sampler_of('pc', steps_per_call=4)
   seen = []
-  x, nfe = sampler(jax.random.PRNGKey(1), state, watch=lambda *args: seen.append(args))
+  x, nfe = sampler(jax.random.PRNGKey(1), state, callback=lambda *args: seen.append(args))
   assert [done for done, _, _ in seen] == [4, 8, 12, 16, 20, 24, 28, 30]
   assert nfe == 60
   deviations = [float(x().std()) for _, _, x in seen[-1:]]
@@ -97,7 +97,7 @@ def test_a_sampler_is_watched_with_its_state_and_stopped_from_there(state):
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    sampler(jax.random.PRNGKey(1), state, watch=stop)
+    sampler(jax.random.PRNGKey(1), state, callback=stop)
 
 
 def draws():

@@ -64,7 +64,7 @@ PC = sampling.PredictorCorrector(
 
 
 def test_importing_sampling_registers_every_method():
-  code = 'import sampling; print(*sorted(sampling._METHODS.names()))'
+  code = 'import sampling; print(*sorted(sampling.SAMPLERS.names()))'
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert done.stdout.split() == ['ddim', 'dpm_solver++', 'heun', 'ode', 'pc']
 
@@ -73,7 +73,7 @@ def test_importing_sampling_registers_every_method():
 
 
 def draws(method, keys=None):
-  sampler = sampling.get_sampler(method, VP, NETWORK, SHAPE, identity)
+  sampler = sampling.compile_sampler(method, VP, NETWORK, SHAPE, identity)
   return lambda rng: sampler(jax.random.split(rng, keys) if keys else rng, STATE)[0]
 
 
@@ -129,10 +129,12 @@ def bits(images):
 TAKE_A_KEY = {
   'pc': draws(PC),
   'pc, a key per image': draws(PC, keys=4),
-  'ode': draws(sampling.ProbabilityFlow(COARSE, rtol=1e-2, atol=1e-2)),
-  'ode, a key per image': draws(sampling.ProbabilityFlow(COARSE, rtol=1e-2, atol=1e-2), keys=4),
-  'heun': draws(sampling.FlowMethod(COARSE, sampling.Heun(churn=1.0), 3)),
-  'ddim, a key per image': draws(sampling.FlowMethod(COARSE, sampling.DDIM(eta=1.0), 3), keys=4),
+  'ode': draws(sampling.ODESampler(COARSE, rtol=1e-2, atol=1e-2)),
+  'ode, a key per image': draws(sampling.ODESampler(COARSE, rtol=1e-2, atol=1e-2), keys=4),
+  'heun': draws(sampling.NoiseLevelSampler(COARSE, sampling.Heun(churn=1.0), 3)),
+  'ddim, a key per image': draws(
+    sampling.NoiseLevelSampler(COARSE, sampling.DDIM(eta=1.0), 3), keys=4
+  ),
   'run': lambda rng: sampling.run(PC, lambda x, t: -x, rng, SHAPE),
   'batch_rng': batch_keys(per_image=False),
   'batch_rng of images': batch_keys(per_image=True),
@@ -190,15 +192,15 @@ def test_more_axes_of_keys_than_one_are_refused():
 
 @pytest.mark.parametrize('keys', [None, 4])
 def test_every_state_that_was_watched_stays_readable(keys):
-  sampler = sampling.get_sampler(PC, VP, NETWORK, SHAPE, identity, steps_per_call=1)
+  sampler = sampling.compile_sampler(PC, VP, NETWORK, SHAPE, identity, steps_per_call=1)
   rng = jax.random.split(jax.random.key(1), keys) if keys else jax.random.key(1)
   seen, seen_at_once = [], []
 
-  def watch(done, total, x):
+  def callback(done, total, x):
     seen.append(x)
     seen_at_once.append(np.asarray(x()))
 
-  sampler(rng, STATE, watch=watch)
+  sampler(rng, STATE, callback=callback)
   assert len(seen) == 3
   np.testing.assert_array_equal([x() for x in seen], seen_at_once)
 
@@ -234,7 +236,7 @@ def test_a_sampler_is_compiled_once_for_all_rounds_of_a_task(task):
       traces.append(1)
       return super().__call__(x, labels, train)
 
-  sampler = sampling.get_sampler(PC, VP, Traced(VP), SHAPE, identity)
+  sampler = sampling.compile_sampler(PC, VP, Traced(VP), SHAPE, identity)
   first, _ = sampler(jax.random.key(0), STATE, condition=CONDITIONS[task](IMAGES))
   count = len(traces)
   second, _ = sampler(jax.random.key(0), STATE, condition=CONDITIONS[task](-IMAGES))
@@ -246,7 +248,7 @@ def test_a_sampler_is_compiled_once_for_all_rounds_of_a_task(task):
 
 
 class Midpoint(sampling.Predictor):
-  network_calls = 2
+  nfe = 2
 
   def update_fn(self, rng, x, t):
     middle = x + self.score_fn(x, t)
@@ -258,7 +260,7 @@ def method_of(**settings):
   config.model.beta_max = 1.0
   config.sampling.update({'n_steps': 3, 'method': 'pc', **settings})
   config = prepare(config)
-  return sampling.get_method(config, sde_lib.get_sde(config))
+  return sampling.get_sampler(config, sde_lib.get_sde(config))
 
 
 LANGEVIN = {'corrector': 'langevin', 'n_steps_each': 2}
@@ -284,7 +286,7 @@ def test_n_steps_counts_updates_and_nfe_the_network_calls_they_make(name):
       jax.debug.callback(lambda: calls.append(1))
       return super().__call__(x, labels, train)
 
-  samples, nfe = sampling.get_sampler(method, VP, Counted(VP), SHAPE, identity)(
+  samples, nfe = sampling.compile_sampler(method, VP, Counted(VP), SHAPE, identity)(
     jax.random.key(0), STATE
   )
   jax.effects_barrier()
@@ -295,7 +297,7 @@ def test_n_steps_counts_updates_and_nfe_the_network_calls_they_make(name):
 @pytest.mark.parametrize(('denoise', 'times'), [(True, 10), (False, 11)])
 def test_churn_is_shared_among_all_updates(denoise, times):
   """Karras et al. 2022, Algorithm 2: gamma = S_churn / N, where N counts the last step to zero."""
-  method = sampling.FlowMethod(VP, sampling.Heun(churn=2.0), 10, denoise=denoise)
+  method = sampling.NoiseLevelSampler(VP, sampling.Heun(churn=2.0), 10, denoise=denoise)
   assert len(method.t) == times
   seen = []
 

@@ -36,12 +36,12 @@ def test_each_sampling_method_reads_its_own_settings(config):
 
 
 def test_what_a_registered_method_reads_while_it_samples_counts_too(config):
-  @sampling.register_method(name='late')
+  @sampling.register_sampler(name='late')
   def late(config, sde, eps):
     return Late(config)
 
   @dataclasses.dataclass(frozen=True)
-  class Late(sampling.Method):
+  class Late(sampling.Sampler):
     config: object
     n_steps = 1
 

@@ -1,6 +1,5 @@
 """The directory of a run: who may write there, what is compared, and what a kill leaves."""
 
-import train_state
 import json
 import logging
 import os
