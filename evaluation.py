@@ -232,8 +232,9 @@ class DatasetStats:
     covariance: (D, D).
     count: how many images; 0 if the file does not say.
     pool_3: the features, (count, D), or None.
-    provenance: how the statistics were made: `extractor`, `scaling`, `fingerprint`, `dataset`, `split`,
-      `image_size`, `num_channels`, `checksum` (of the images); empty in files of other programs.
+    provenance: how the statistics were made: `extractor`, `scaling`, `fingerprint`, `dataset`,
+      `split`, `image_size`, `num_channels`, `checksum` (of the images); empty in files of other
+      programs.
     split_half: the split-half baseline: numbers of one half of the images against the other.
     name: for reports.
   """

@@ -13,11 +13,12 @@ import abc
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from runtime.errors import UserError
 from runtime.registry import Registry
@@ -57,6 +58,24 @@ class SDE(abc.ABC):
   def marginal_prob(self, x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean, shaped as `x`, and standard deviation, (B,), of p(x_t | x_0 = x)."""
 
+  def alpha_sigma(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """alpha_t and sigma_t, both (B,), of the marginals p(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I).
+
+    The marginals must be linear in x_0, as those of the paper are.
+    """
+    return self.marginal_prob(jnp.ones_like(t), t)
+
+  def denoise(self, x: jax.Array, t: jax.Array, score: jax.Array) -> jax.Array:
+    """E[x_0 | x_t] = (x_t + sigma_t^2 score) / alpha_t, by Tweedie's formula; shaped as `x`.
+
+    Args:
+      x: x_t, (B, ...).
+      t: (B,).
+      score: the score of p_t at `x`, shaped as it.
+    """
+    alpha, sigma = self.alpha_sigma(t)
+    return batch_mul(1 / alpha, x + batch_mul(sigma**2, score))
+
   @abc.abstractmethod
   def prior_sampling(self, rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A sample of the prior p_T."""
@@ -87,7 +106,7 @@ class SDE(abc.ABC):
   def score_scale(self, t: jax.Array, continuous: bool = True) -> jax.Array:
     """The factor, (B,), with score = factor * network output. Here the network predicts noise."""
     del continuous
-    return -1 / self.marginal_prob(jnp.zeros_like(t), t)[1]
+    return -1 / self.alpha_sigma(t)[1]
 
   # The discrete chain behind SMLD or DDPM.
 
@@ -126,8 +145,8 @@ class SDE(abc.ABC):
     sigma_t^2. The marginals must be linear in x_0.
     """
     s = jnp.maximum(t - self.T / self.N, 0.0)
-    alpha_t, sigma_t = self.marginal_prob(jnp.ones_like(t), t)
-    alpha_s, sigma_s = self.marginal_prob(jnp.ones_like(s), s)
+    alpha_t, sigma_t = self.alpha_sigma(t)
+    alpha_s, sigma_s = self.alpha_sigma(s)
     a = alpha_t / alpha_s
     v = jnp.maximum(sigma_t**2 - a**2 * sigma_s**2, 0.0)
     mean = batch_mul(1 / a, x + batch_mul(v, score_fn(x, t)))
@@ -412,13 +431,50 @@ def _check_steps(sde: SDE) -> None:
     raise UserError(f'{type(sde).__name__} needs at least one step, got N={sde.N}.')
 
 
-def get_sde(config: Any) -> SDE:
+def check_consistency(sde: SDE) -> None:
+  """Checks that `sde.sde` and `sde.marginal_prob` are of one process.
+
+  For an affine drift f, mean m_t and standard deviation s_t of p(x_t | x_0) obey
+  (Särkkä and Solin, "Applied stochastic differential equations", Eq. 5.50 and 5.51)
+
+    dm/dt = f(m, t),    d(s^2)/dt = 2 (df/dx) s^2 + g(t)^2,
+
+  that is f = (log alpha)' x and g^2 = (sigma^2)' - 2 (log alpha)' sigma^2 where m = alpha x_0.
+
+  Raises:
+    UserError: if they do not, at one of a few times.
+  """
+  t = jnp.linspace(0.1, 0.9, 5) * sde.T
+  ones = jnp.ones((len(t), 1, 1, 1))
+  marginal = lambda t: sde.marginal_prob(ones, t)
+  (mean, std), (mean_rate, std_rate) = jax.jvp(marginal, (t,), (jnp.ones_like(t),))
+  drift, slope = jax.jvp(lambda x: sde.sde(x, t)[0], (mean,), (ones,))
+  variance_rate = 2 * slope.reshape(-1) * std**2 + sde.sde(mean, t)[1] ** 2
+  for what, by_marginal, by_sde in (
+    ('mean', mean_rate.reshape(-1), drift.reshape(-1)),
+    ('variance', 2 * std * std_rate, variance_rate),
+  ):
+    expected, got = np.asarray(by_marginal), np.asarray(by_sde)
+    wrong = ~np.isclose(got, expected, rtol=1e-2, atol=1e-4 * np.abs(expected).max() + 1e-6)
+    if wrong.any():
+      i = int(wrong.argmax())
+      raise UserError(
+        f'{type(sde).__name__} is inconsistent: at t={float(t[i]):.3g} the {what} of x_t, given '
+        f'x_0 = 1, grows at the rate {expected[i]:.4g} by marginal_prob() and {got[i]:.4g} by '
+        f'sde(); make both those of one process.'
+      )
+
+
+def get_sde(config: ConfigDict) -> SDE:
   """The SDE that `config.training.sde` names, its fields read from `config.model`.
 
   Each field of the class is taken from the key of the same name (`N` from `num_scales`); one that
   the configuration lacks keeps its default.
 
   Raises:
-    UserError: for an unknown name or values that the SDE refuses.
+    UserError: for an unknown name, values that the SDE refuses, or an SDE whose marginals are not
+      its own.
   """
-  return SDES.build(config.training.sde, config.model)
+  sde = SDES.build(config.training.sde, config.model)
+  check_consistency(sde)
+  return sde

@@ -209,7 +209,7 @@ def classifier_score(
   slope = inverse_scaler(1.0) - inverse_scaler(0.0)
 
   def score(x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
-    alpha, sigma = sde.marginal_prob(jnp.ones_like(t), t)
+    alpha, sigma = sde.alpha_sigma(t)
     images = inverse_scaler(batch_mul(1 / alpha, x))
     return batch_mul(slope / alpha, grad_fn(images, slope * sigma / alpha, labels))
 

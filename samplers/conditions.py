@@ -233,9 +233,9 @@ class PosteriorGuidance(Condition):
 
   def score(self, score_fn):
     def log_likelihood(x, t):
-      alpha, sigma = self.sde.marginal_prob(jnp.ones_like(t), t)
+      alpha, sigma = self.sde.alpha_sigma(t)
       score = score_fn(x, t)
-      denoised = batch_mul(1 / alpha, x + batch_mul(sigma**2, score))
+      denoised = self.sde.denoise(x, t, score)
       s2, d2 = (sigma / alpha) ** 2, self.data_std**2
       variance = self.noise_std**2 + s2 * d2 / (s2 + d2)
       errors = (self.y - self.A(denoised)).reshape(x.shape[0], -1)

@@ -36,7 +36,7 @@ register_time_grid = _TIME_GRIDS.register
 
 def noise_level(sde: SDE, t: jax.Array) -> jax.Array:
   """s(t) = sigma_t / alpha_t, increasing in t; both (n,)."""
-  alpha, sigma = sde.marginal_prob(jnp.ones_like(t), t)
+  alpha, sigma = sde.alpha_sigma(t)
   return sigma / alpha
 
 
@@ -82,12 +82,7 @@ def _between(sde: SDE, s: jax.Array, eps: float) -> jax.Array:
 
 def get_denoiser(sde: SDE, score_fn: ScoreFn) -> Denoiser:
   """D(x_t, t) = E[x_0 | x_t], by Tweedie's formula."""
-
-  def denoiser(x: jax.Array, t: jax.Array) -> jax.Array:
-    alpha, sigma = sde.marginal_prob(jnp.ones_like(t), t)
-    return batch_mul(1 / alpha, x + batch_mul(sigma**2, score_fn(x, t)))
-
-  return denoiser
+  return lambda x, t: sde.denoise(x, t, score_fn(x, t))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +106,7 @@ class ProbabilityFlow:
   def D(self, y: jax.Array, t: jax.Array) -> jax.Array:
     """The denoised image at y = x / alpha and the time `t`, a scalar."""
     t = jnp.full((y.shape[0],), t)
-    alpha = self.sde.marginal_prob(jnp.ones_like(t), t)[0]
+    alpha = self.sde.alpha_sigma(t)[0]
     return self.denoiser(batch_mul(alpha, y), t)
 
 
@@ -264,7 +259,7 @@ class NoiseLevelSampler(Sampler):
     return ProbabilityFlow(self.sde, denoiser, self.t, self.s, self.n_updates)
 
   def _alpha(self, i: int | jax.Array) -> jax.Array:
-    return self.sde.marginal_prob(jnp.ones(1), self.t[i][None])[0]
+    return self.sde.alpha_sigma(self.t[i][None])[0]
 
   def init(self, score_fn, condition, rng, shape, z):
     rng, prior_rng = jax.random.split(rng)

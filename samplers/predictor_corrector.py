@@ -116,8 +116,8 @@ class AnnealedLangevinDynamics(_LangevinSteps):
   """Annealed Langevin dynamics of NCSN, eps = 2 alpha (snr std(t))^2."""
 
   def step_size(self, x, t, score, z):
-    std = self.sde.marginal_prob(jnp.zeros_like(x), t)[1]
-    return 2 * self.sde.langevin_alpha(t) * (self.snr * std) ** 2
+    sigma = self.sde.alpha_sigma(t)[1]
+    return 2 * self.sde.langevin_alpha(t) * (self.snr * sigma) ** 2
 
 
 @register_corrector(name='none')
