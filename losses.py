@@ -19,7 +19,9 @@ from sde_lib import SDE, VESDE, VPSDE, batch_mul
 from train_state import State, get_optimizer, optimization_manager, register_optimizer
 
 __all__ = [
+  'LossFn',
   'State',
+  'StepFn',
   'build_step_fn',
   'get_ddpm_loss_fn',
   'get_discrete_loss_fn',
@@ -33,6 +35,8 @@ __all__ = [
 
 PyTree = Any
 LossFn = Callable[[jax.Array, PyTree, PyTree, dict[str, jax.Array]], tuple[jax.Array, PyTree]]
+Carry = tuple[jax.Array, State]
+StepFn = Callable[[Carry, dict[str, jax.Array]], tuple[Carry, jax.Array]]
 
 
 def _reduce(squares: jax.Array, reduce_mean: bool) -> jax.Array:
@@ -139,7 +143,7 @@ def get_step_fn(
   reduce_mean: bool = False,
   continuous: bool = True,
   likelihood_weighting: bool = False,
-) -> Callable[[tuple[jax.Array, State], dict[str, jax.Array]], tuple]:
+) -> StepFn:
   """One training or evaluation step, `step_fn((rng, state), batch) -> ((rng, state), loss)`.
 
   It is a pure function of one global batch: jit it with the batch sharded. Evaluation uses the
@@ -183,9 +187,7 @@ def get_step_fn(
   return step_fn
 
 
-def build_step_fn(
-  config: ConfigDict, sde: SDE, model: nn.Module, train: bool
-) -> Callable[[tuple[jax.Array, State], dict[str, jax.Array]], tuple]:
+def build_step_fn(config: ConfigDict, sde: SDE, model: nn.Module, train: bool) -> StepFn:
   """`get_step_fn` as `config.training` and `config.optim` ask."""
   training = config.training
   return get_step_fn(

@@ -21,11 +21,13 @@ from absl import app, flags
 from ml_collections import config_flags
 
 import datasets
+import losses
 import sde_lib
 import train_state
 from modes import train as train_mode
 from modes.preparation import prepare
 from runtime import parallelism, startup
+from runtime.rng import stream
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file.')
 _STEPS = flags.DEFINE_integer('steps', 5, 'Steps to time, after two that are not.')
@@ -72,7 +74,11 @@ def main(argv: list[str]) -> None:
   step_flop = 3 * analysis['flops']
 
   state = parallelism.replicate(state)  # as training does: else the second step compiles again
-  train_step = train_mode.compile_train_step(config, sde, model, train_ds.preprocess)
+  train_step = train_mode.compile_train_step(
+    losses.build_step_fn(config, sde, model, train=True),
+    train_ds.preprocess,
+    stream(config.seed, 'train'),
+  )
   batches = train_ds.iterate()
   input_times, step_times, peaks = [], [], []
   for step in range(_STEPS.value + 2):

@@ -312,5 +312,5 @@ class Samples(Evaluation):
     for warning in warnings:
       logging.warning('%s', warning)
     numbers = {key: value.item() for key, value in content.items()}
-    of = {'reference': self._stats.name, 'floor': self._stats.floor, 'warnings': warnings}
+    of = {'reference': self._stats.name, 'floor': self._stats.split_half, 'warnings': warnings}
     return numbers | {key: value for key, value in of.items() if value}

@@ -10,11 +10,13 @@ import jax
 import numpy as np
 import pytest
 
+import losses
 import run_lib
 import train_state
 from modes import train as train_mode
 from runtime import checkpoints, parallelism
 from runtime.checkpoints import CheckpointDirectory
+from runtime.rng import stream
 from tests import tiny_config
 from tests.processes import finish, history, run, start, wait_for
 
@@ -139,7 +141,12 @@ def test_fused_steps_agree_with_single_steps():
   results = []
   for fused in (False, True):
     model, state = train_state.init_state(jax.random.PRNGKey(0), config)
-    step = train_mode.compile_train_step(config, sde, model, train_ds.preprocess, fused)
+    step = train_mode.compile_train_step(
+      losses.build_step_fn(config, sde, model, train=True),
+      train_ds.preprocess,
+      stream(config.seed, 'train'),
+      fused,
+    )
     results.append(step(parallelism.replicate(state), batches))
   for a, b in zip(*map(jax.tree.leaves, results), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
