@@ -34,7 +34,7 @@ class State:
     ema_rate: decay of the moving average per step.
   """
 
-  step: jax.Array
+  step: PyTree  # an array, or its shape
   params: PyTree
   params_ema: PyTree
   opt_state: PyTree

@@ -8,7 +8,7 @@ under any condition.
 import abc
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
@@ -185,6 +185,7 @@ def run(
   return condition.finish(method.result(score_fn, condition, carry))
 
 
+@runtime_checkable
 class SamplingFn(Protocol):
   """What `compile_sampler` returns."""
 

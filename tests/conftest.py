@@ -2,11 +2,31 @@
 
 import os
 
+import jaxtyping
+
 from runtime import startup
+from tests import typechecking
 
 # Many tests compile the same small programs; those of the command line inherit both settings.
 startup.keep_compiled_programs()
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+
+# Every call of these modules is checked against its annotations, shapes of arrays with them.
+TYPED = (
+  'controllable_generation',
+  'datasets',
+  'evaluation',
+  'likelihood',
+  'losses',
+  'metrics',
+  'models',
+  'samplers',
+  'sampling',
+  'sde_lib',
+  'sources',
+  'train_state',
+)
+jaxtyping.install_import_hook(TYPED, f'{typechecking.__name__}.check')
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

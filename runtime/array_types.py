@@ -1,0 +1,22 @@
+"""Types of arrays by their shapes; the tests check every call against them.
+
+Axes with the same name have the same length in all arguments and the result of a call: `B` examples
+of any shape `dims`, which for a network are images of `H` x `W` pixels with `C` channels.
+"""
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, Integer, UInt8
+
+Array = jax.Array | np.ndarray
+
+Scalar = Float[Array, '']
+PerExample = Float[Array, 'B']  # times t, noise levels sigma, log-densities: one for each example
+Batch = Float[Array, 'B *dims']  # x_t, its score, noise
+Images = Float[Array, 'B H W C']
+GreyLevels = UInt8[Array, 'B H W C']  # images in 0...255
+Labels = Integer[Array, 'B']
+Logits = Float[Array, 'B num_classes']
+Features = Float[Array, 'N D']
+RandomKey = jax.Array  # one key, typed or raw, or an array of them
+Count = int | Int[Array, '']
