@@ -150,7 +150,7 @@ class Inpaint(_ImputationTask):
   """Inpainting: draws the region of test images that `sampling.mask` names.
 
   Raises:
-    UserError: if there is no region of that name.
+    UserError: if no region has that name.
   """
 
   def __init__(self, config: ConfigDict, sde: SDE, inverse_scaler: Scaler):

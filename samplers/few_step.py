@@ -274,7 +274,7 @@ class NoiseLevelSampler(Sampler):
 
   Args:
     sde: the forward SDE; the mean of its marginals must be linear in x_0.
-    solver: the numerical method.
+    solver: the numerical solver.
     n_steps: the number of updates; with `denoise` the last of them is the denoising.
     time_grid: 'edm', 'logsnr', 'uniform' or a registered name.
     rho: the exponent of the grid 'edm'.
@@ -339,7 +339,7 @@ class NoiseLevelSampler(Sampler):
     return y * self._alpha(i + 1), y, memory, rng
 
   def result(self, score_fn: ScoreFn, condition: Condition, carry: Carry) -> Batch:
-    """x_t at `eps`, (B, ...), or with `denoise` the denoised image there."""
+    """x_t at `eps`, (B, ...), or with `denoise` the denoised image at that time."""
     x, y = carry[:2]
     return self._flow(score_fn, condition).D(y, self.t[-1]) if self.denoise else x
 
