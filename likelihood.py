@@ -220,7 +220,8 @@ def get_likelihood_fn(
       divergence = exact_divergence
     else:
       _, probe_rng = jax.random.split(rng)
-      divergence = hutchinson_divergence(probe(probe_rng, (num_probes, *data.shape)))
+      probes = probe(probe_rng, (num_probes, *data.shape)).astype(data.dtype)
+      divergence = hutchinson_divergence(probes)
     logp, z, nfe = likelihood.log_prob(score_fn, data, divergence)
     dim = data[0].size
     return -logp / (dim * np.log(2)) + np.log2(n_levels * scale), z, nfe

@@ -314,8 +314,9 @@ class NoiseLevelSampler(Sampler):
     denoiser = get_denoiser(self.sde, condition.flow_score(score_fn))
     return ProbabilityFlow(self.sde, denoiser, self.t, self.s, self.n_updates)
 
-  def _alpha(self, i: Count) -> Float[Array, '1']:
-    return self.sde.alpha_sigma(self.t[i][None])[0]
+  def _alpha(self, i: Count) -> Scalar:
+    """alpha at time number `i`."""
+    return self.sde.alpha_sigma(self.t[i][None])[0][0]
 
   def init(
     self,
