@@ -14,7 +14,7 @@ import pathlib
 import pickletools
 import zipfile
 from collections.abc import Callable
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -162,7 +162,7 @@ class _Machine:
     self._byteorder = byteorder
     self._instructions_left = _MOST_INSTRUCTIONS
 
-  def run(self, file: IO[bytes] | mmap.mmap) -> Any:
+  def run(self, file: io.BufferedIOBase | mmap.mmap) -> Any:
     """Interprets the program at the position of `file`, moves past it and returns its result."""
     stack, marks, memory = [], [], {}
     pop, push = stack.pop, stack.append
@@ -233,7 +233,7 @@ class _Machine:
         case _:
           raise _Refused(f'has the instruction {opcode.name}, which torch.save does not write')
 
-  def _storage(self, reference: tuple) -> np.ndarray:
+  def _storage(self, reference: object) -> np.ndarray:
     """The storage that ('storage', type, key, device, number of elements, None) refers to."""
     kind, dtype, key, _, size, *view = _of_type(tuple, reference)[:7]
     if kind != 'storage' or view not in ([], [None]):
