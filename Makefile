@@ -1,5 +1,5 @@
-# Every target works from nothing: it makes its own virtual environment. Another Python, with the
-# newest versions that the requirements allow: make quick PYTHON=python3.13 VENV=.venv-3.13
+# Every target creates the virtual environment that it needs. To use another Python, with the newest
+# versions that the requirements allow: make quick PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
 VENV := .venv
 DEMO := runs/demo

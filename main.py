@@ -4,10 +4,9 @@ import logging as python_logging
 import os
 import runpy
 import sys
-from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from runtime import startup
 
@@ -15,10 +14,10 @@ try:
   _CONFIG = config_flags.DEFINE_config_file(
     'config',
     None,
-    'Configuration file, such as configs/vp/mnist_ddpmpp_continuous.py; file.py:argument where its '
-    'get_config takes one. Any field can be overridden: --config.training.batch_size=64.',
+    'Configuration file, such as configs/vp/mnist_ddpmpp_continuous.py; file.py:argument if its '
+    'get_config takes an argument. Any field can be overridden: --config.training.batch_size=64.',
   )
-except flags.Error as error:  # it reads a --flagfile at once
+except flags.Error as error:  # a --flagfile is read at once
   sys.exit(str(error))
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Directory of the run: checkpoints, samples, logs. The same one resumes a run.'
@@ -28,10 +27,11 @@ _MODE = flags.DEFINE_enum(
   None,
   ['train', 'sample', 'eval', 'stats', 'train_classifier', 'import', 'export'],
   'train: train, or resume the training in --workdir where it stopped. '
-  'sample: draw images from the run in --workdir, as config.sampling says; with '
-  'config.sampling.task=inpaint, colorize, superres or class under a condition. '
+  'sample: draw images from the run in --workdir, as config.sampling says; '
+  'config.sampling.task=inpaint, colorize, superres or class sets the conditioning. '
   'eval: evaluate the checkpoints of the run in --workdir. '
-  'stats: make the statistics of the data that eval compares samples with; needs no --workdir. '
+  'stats: compute the statistics of the data with which eval compares samples; needs no '
+  '--workdir. '
   'train_classifier: train, or resume training, the noise-conditional classifier. '
   'import: start the run in --workdir from a published checkpoint, --checkpoint. '
   'export: write the EMA weights of the run in --workdir as safetensors.',
@@ -48,7 +48,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _CHECKPOINT_NUMBER = flags.DEFINE_integer(
   'checkpoint_number',
   None,
-  'The checkpoint that --mode=sample or export takes: N of checkpoints/checkpoint_N. Default: the '
+  'The checkpoint that --mode=sample or export uses: N of checkpoints/checkpoint_N. Default: the '
   'newest.',
 )
 _COORDINATOR = flags.DEFINE_string(
@@ -59,20 +59,20 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this process, 
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the command line; what `ml_collections` reports by traceback becomes a sentence."""
+  """Parses the command line; a mistake that `ml_collections` reports by traceback is a sentence."""
   path, argument, given = '', '', {}
   try:
     given = _given(flags.FLAGS.read_flags_from_files(argv[1:]))
     path, _, argument = given.get('config', '').partition(':')
     if path and not os.path.isfile(path):
-      sys.exit(f'--config={path} does not exist: give a file such as configs/vp/*.py.')
+      sys.exit(f'--config={path} does not exist: name a file such as those in configs/vp/.')
     return flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, TypeError) as error:
     sys.exit(_explain(path, argument, given) or f'{error} (main.py --help lists the flags.)')
 
 
 def _given(arguments: list[str]) -> dict[str, str]:
-  """The flags on a command line by their names, written as `--a=b`, `-a=b` or `--a b`."""
+  """The flags of a command line by name, written as `--a=b`, `-a=b` or `--a b`."""
   given = {}
   for argument, following in zip(arguments, [*arguments[1:], ''], strict=True):
     name, equals, value = argument.lstrip('-').partition('=')
@@ -82,21 +82,21 @@ def _given(arguments: list[str]) -> dict[str, str]:
 
 
 def _explain(path: str, argument: str, given: dict[str, str]) -> str:
-  """What is wrong with a configuration file or the overrides on it; '' if nothing is."""
+  """The mistake in a configuration file or in the overrides of it; '' if none is found."""
   if not path:
     return ''
   get_config = runpy.run_path(path).get('get_config')
   if get_config is None:
-    return f'--config={path} has no function get_config() that returns a ConfigDict.'
+    return f'--config={path} has no function get_config(): define one that returns a ConfigDict.'
   try:
     config = get_config(argument) if argument else get_config()
   except TypeError as error:
-    return f'--config={path}: {error}; give its argument as --config={path}:argument, or none.'
+    return f'--config={path}: {error}; set --config={path}:argument, or leave the argument out.'
   return _unknown_override(config, given)
 
 
-def _unknown_override(config: Any, given: dict[str, str]) -> str:
-  """Names the first `--config.x.y` that the configuration does not have; '' if it has all."""
+def _unknown_override(config: ConfigDict, given: dict[str, str]) -> str:
+  """The first override `--config.x.y` that the configuration does not have; '' if it has all."""
   for name in given:
     section, (prefix, *keys) = config, name.split('.')
     for depth, key in enumerate(keys if prefix == 'config' else []):
@@ -112,9 +112,10 @@ def _unknown_override(config: Any, given: dict[str, str]) -> str:
 
 
 def main(argv: list[str]) -> None:
+  """Runs the mode of the parsed flags; a `UserError` ends the program with its message."""
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}: all arguments are flags.')
-  # Imported here so that --help and a misspelt flag answer at once.
+  # Imported here so that --help and a misspelt flag are answered at once.
   import jax
 
   import run_lib
@@ -129,11 +130,16 @@ def main(argv: list[str]) -> None:
     'train_classifier': lambda: run_lib.train_classifier(config, workdir),
     'import': lambda: run_lib.import_checkpoint(config, workdir, checkpoint),
     'export': lambda: run_lib.export_checkpoint(
-      config, workdir, checkpoint, _CHECKPOINT_NUMBER.value
+      config, workdir, checkpoint=checkpoint, number=_CHECKPOINT_NUMBER.value
     ),
   }
   try:
-    startup.start_jax(config, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    startup.start_jax(
+      config,
+      coordinator=_COORDINATOR.value,
+      num_processes=_NUM_PROCESSES.value,
+      process_id=_PROCESS_ID.value,
+    )
     modes[_MODE.value]()
   except (UserError, FloatingPointError) as error:
     _fail(type(error).__name__, str(error))
@@ -149,14 +155,14 @@ def main(argv: list[str]) -> None:
     where = f': {error.filename}' if error.filename else ''
     _fail(
       'OSError',
-      f'{error.strerror or error}{where}. What was written before is whole; mend that and rerun '
-      f'the same command, which resumes.',
+      f'{error.strerror or error}{where}. The files written before are intact; fix the cause and '
+      f'rerun the same command, which resumes.',
     )
 
 
 def _fail(kind: str, message: str) -> None:
   logging.get_absl_handler().flush()
-  # A save that failed in the background may still report; the sentence comes last, in one write.
+  # A save that failed in the background may still log; the sentence comes last, in one write.
   python_logging.disable(python_logging.CRITICAL)
   sys.stderr.write(f'{kind}: {message}\n')
   sys.exit(1)

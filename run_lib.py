@@ -1,4 +1,4 @@
-"""One function for each mode of the program: checks the configuration and hands it to the mode."""
+"""One function for each mode of the program: it checks the configuration, then runs the mode."""
 
 import pathlib
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def _start(config: ConfigDict, workdir: str | pathlib.Path = '') -> tuple[ConfigDict, pathlib.Path]:
-  """What every mode starts with: a console log, a checked configuration, a path."""
+  """Starts the console log; returns the checked configuration and the path."""
   reporting.log_to_console()
   return prepare(config), pathlib.Path(workdir).expanduser()
 
@@ -36,16 +36,20 @@ def _start(config: ConfigDict, workdir: str | pathlib.Path = '') -> tuple[Config
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
   """Trains the configured network, or resumes its training.
 
-  Leaves in `workdir`: `checkpoints/` (every `training.snapshot_freq` steps, all kept),
-  `checkpoints-meta/` (the latest states, where the same command resumes), `samples/`,
+  It writes to `workdir`: `checkpoints/` (every `training.snapshot_freq` steps, all kept),
+  `checkpoints-meta/` (the latest states, from which the same command resumes), `samples/`,
   `metrics.jsonl`, `tensorboard/`, `config.json`, `data.json`, `versions.json` and `stdout.txt`.
 
   Every batch and every random number is a function of the seed and the step, so a run that was
   killed resumes to the same bits.
 
+  Args:
+    config: the configuration.
+    workdir: the directory of the run.
+
   Raises:
-    UserError: a configuration or data that are wrong or contradict the run in `workdir`, or another
-      process that is at work there.
+    UserError: the configuration or the data are wrong or contradict the run in `workdir`, or
+      another process is writing there.
     NonFiniteLoss: the loss is NaN or infinite.
   """
   train_mode.train(*_start(config, workdir))
@@ -56,15 +60,16 @@ def sample(
 ) -> None:
   """Draws `sampling.num_samples` images with the EMA parameters, under `sampling.task`.
 
-  Leaves them in `samples/<task>_<method>_step_<S>_seed_<seed>/`, as `modes.sample` describes.
+  It writes them to `samples/<task>_<method>_step_<S>_seed_<seed>/`, as `modes.sample` describes.
 
   Args:
     config: the configuration of the run.
     workdir: its directory.
-    checkpoint_number: which of `checkpoints/` to take; by default the newest state.
+    checkpoint_number: which of `checkpoints/` to use; by default the newest state.
 
   Raises:
-    UserError: a wrong configuration, or a checkpoint that does not exist.
+    UserError: the configuration is wrong, or the checkpoint does not exist.
+    FloatingPointError: a sample has a value that is NaN or infinite.
   """
   sample_mode.sample(*_start(config, workdir), checkpoint_number)
 
@@ -72,36 +77,50 @@ def sample(
 def evaluate(config: ConfigDict, workdir: str | pathlib.Path, eval_folder: str = 'eval') -> None:
   """Evaluates the checkpoints `eval.begin_ckpt` to `eval.end_ckpt` with their EMA parameters.
 
-  Leaves in `workdir/eval_folder`: `report.json` and `report.csv`, and what they are made from, as
-  `modes.evaluate` describes. The same command resumes an evaluation that was killed, to the same
-  numbers.
+  It writes to `workdir/eval_folder`: `report.json` and `report.csv`, and the results that they are
+  computed from, as `modes.evaluate` describes. The same command resumes an evaluation that was
+  killed, to the same numbers.
+
+  Args:
+    config: the configuration of the run.
+    workdir: its directory.
+    eval_folder: the folder inside it.
 
   Raises:
-    UserError: a wrong configuration, what cannot be read or written, or a checkpoint that does not
-      exist.
+    UserError: the configuration is wrong, a checkpoint does not exist, or a file cannot be read or
+      written.
+    FloatingPointError: a result is NaN or infinite.
   """
   evaluate_mode.evaluate(*_start(config, workdir), eval_folder)
 
 
 def make_stats(config: ConfigDict) -> None:
-  """Makes the statistics of a data set that samples are compared with, and measures `sigma_max`.
+  """Computes the statistics of a data set, with which samples are compared, and its `sigma_max`.
+
+  Args:
+    config: the configuration; `eval` and `data` are read.
 
   Raises:
-    UserError: as `modes.stats.write_stats`.
+    UserError: the configuration is wrong, the weights of the extractor or the data are missing, or
+      the file cannot be written.
   """
   stats_mode.write_stats(_start(config)[0])
 
 
 def train_classifier(config: ConfigDict, workdir: str | pathlib.Path) -> None:
-  """Trains, or resumes training, the classifier of `config.classifier` on `config.data`.
+  """Trains the classifier of `config.classifier` on `config.data`, or resumes its training.
 
-  Leaves in `workdir` what `train` does, but for the samples, and at the end
-  `classifier.safetensors`: the EMA parameters, with all that is needed to use them. A run that was
+  It writes to `workdir` the same files as `train`, except for samples, and at the end
+  `classifier.safetensors`: the EMA parameters, with the metadata needed to use them. A run that was
   killed resumes to the same bits.
 
+  Args:
+    config: the configuration.
+    workdir: the directory of the run.
+
   Raises:
-    UserError: a configuration or data that are wrong or contradict the run in `workdir`, or labels
-      that do not fit.
+    UserError: the configuration or the data are wrong or contradict the run in `workdir`, or the
+      labels do not fit the classifier.
     NonFiniteLoss: the loss is NaN or infinite.
   """
   classifier_mode.train_classifier(*_start(config, workdir))
@@ -110,19 +129,19 @@ def train_classifier(config: ConfigDict, workdir: str | pathlib.Path) -> None:
 def import_checkpoint(
   config: ConfigDict, workdir: str | pathlib.Path, checkpoint: str | None
 ) -> State:
-  """Makes a published checkpoint file the state of a new run in `workdir`.
+  """Starts a new run in `workdir` from a published checkpoint file, and returns its state.
 
-  The run can then be evaluated, or its training resumed. The checkpoint gets the number that a run
-  of ours would have given it: step / `training.snapshot_freq`, rounded up.
+  The run can then be evaluated, or its training resumed. The checkpoint gets the number that
+  `train` would have given it: step / `training.snapshot_freq`, rounded up.
 
   Args:
-    config: of the network and training that the file is from.
-    workdir: of the run; must hold no checkpoints.
+    config: the configuration that the file was trained with.
+    workdir: the directory of the run, which must hold no checkpoints.
     checkpoint: the file.
 
   Raises:
-    UserError: a file that is damaged, of no known format, or does not fit the configuration; a
-      working directory with checkpoints. The directory is then as it was.
+    UserError: the file is damaged, of no known format, or does not fit the configuration, or the
+      directory has checkpoints. The directory is then unchanged.
   """
   return convert.import_checkpoint(*_start(config, workdir), checkpoint)
 
@@ -130,6 +149,7 @@ def import_checkpoint(
 def export_checkpoint(
   config: ConfigDict,
   workdir: str | pathlib.Path,
+  *,
   checkpoint: str | None = None,
   number: int | None = None,
 ) -> pathlib.Path:
@@ -138,15 +158,15 @@ def export_checkpoint(
   Tensors are named as in the variables of the Flax module: 'params/Conv_0/kernel'.
 
   Args:
-    config: of the run.
-    workdir: of the run.
+    config: the configuration of the run.
+    workdir: its directory.
     checkpoint: the file to write; by default `export_<step>.safetensors` in `workdir`.
-    number: of the checkpoint; by default the newest state there is.
+    number: which of `checkpoints/` to export; by default the newest state.
 
   Returns:
-    The file.
+    The path of the file.
 
   Raises:
-    UserError: no such checkpoint, a configuration of another run, a file that exists.
+    UserError: the checkpoint does not exist, the run has another configuration, or the file exists.
   """
-  return convert.export_checkpoint(*_start(config, workdir), checkpoint, number)
+  return convert.export_checkpoint(*_start(config, workdir), checkpoint=checkpoint, number=number)

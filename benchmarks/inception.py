@@ -3,10 +3,10 @@
   python -m benchmarks.inception             # images per second and share of the matrix product
   python -m benchmarks.inception --features  # time and memory of statistics and metrics
 
-Prints one JSON line. The weights are random: the speed does not depend on them. The first counts
-resizing, the network and the way there and back, for 32x32 images; operations are those of the
-compiled program as XLA counts them. The second reports the largest memory of the whole process, as
-Linux counts it.
+Either prints one JSON line. The weights are random, because the speed does not depend on them. The
+first times resizing, the network and the copies to and from the device, for 32x32 images, and
+counts the operations of the compiled program as XLA does. The second reports the peak memory of the
+whole process as Linux counts it.
 """
 
 import json
@@ -14,6 +14,7 @@ import pathlib
 import re
 import statistics
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,12 +29,14 @@ _FEATURES = flags.DEFINE_bool('features', False, 'Time the metrics instead of th
 _COUNT = flags.DEFINE_integer('count', 50_000, 'How many features.')
 _BATCHES = flags.DEFINE_integer('batches', 5, 'Batches to time, after one that is not.')
 
+PyTree = Any
 
-def random_params(seed: int = 0):
-  """Weights under which activations keep their size."""
+
+def random_params(seed: int = 0) -> PyTree:
+  """Random weights of the Inception network under which activations keep their size."""
   rng = np.random.RandomState(seed)
 
-  def draw(leaf):
+  def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     fan_in = max(1, int(np.prod(leaf.shape[:-1])))
     return (rng.randn(*leaf.shape) * (2 / fan_in) ** 0.5 * (leaf.ndim > 1)).astype(np.float32)
 
@@ -41,6 +44,7 @@ def random_params(seed: int = 0):
 
 
 def time_network() -> dict[str, object]:
+  """Measures the throughput of the network and returns the entries of the report."""
   extractor = evaluation.inception_extractor(random_params(), 'tfgan', 'random')
   size = extractor.global_batch_size()
   images = np.random.RandomState(0).randint(0, 256, (size, 32, 32, 3)).astype(np.uint8)
@@ -71,6 +75,7 @@ def time_network() -> dict[str, object]:
 
 
 def time_metrics() -> dict[str, object]:
+  """Measures the time and memory of statistics and metrics; returns the entries of the report."""
   rng = np.random.default_rng(0)
   shape = (_COUNT.value, inception.NUM_FEATURES)
   real, fake = (rng.standard_normal(shape, np.float32) for _ in range(2))
@@ -95,12 +100,13 @@ def time_metrics() -> dict[str, object]:
 
 
 def peak_memory() -> int:
-  """In KiB. `getrusage` would start from the memory of the process that called this one."""
+  """The peak memory in KiB; `getrusage` would count that of the parent process as well."""
   status = pathlib.Path('/proc/self/status').read_text()
   return int(re.search(r'VmHWM:\s+(\d+) kB', status).group(1))
 
 
 def main(argv: list[str]) -> None:
+  """Prints the report."""
   del argv
   print(json.dumps(time_metrics() if _FEATURES.value else time_network()))
 

@@ -3,9 +3,9 @@
   python -m benchmarks.table                                # all of configs/
   python -m benchmarks.table configs/vp/cifar10_ddpmpp.py   # one
 
-Millions of parameters (with the frequencies of a Fourier embedding, which are not trained), and the
-floating point operations of a forward pass for one image, as XLA counts them before optimization.
-Nothing is computed and nothing is compiled.
+It prints millions of parameters (with the frequencies of a Fourier embedding, which are not
+trained), and the floating point operations of a forward pass for one image, as XLA counts them
+before optimization. It computes and compiles nothing.
 """
 
 import importlib
@@ -20,13 +20,13 @@ CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
 
 def names() -> list[str]:
-  """All configuration files below `configs/`, as in 'vp/ddpm/cifar10'."""
+  """The names of all configuration files in `configs/`, such as 'vp/ddpm/cifar10'."""
   paths = [path.relative_to(CONFIGS) for path in CONFIGS.glob('*/**/*.py')]
   return sorted(str(path.with_suffix('')) for path in paths if path.name != '__init__.py')
 
 
 def measure(name: str) -> tuple[float, float]:
-  """Millions of parameters and GFLOP per image of a configuration's network."""
+  """Millions of parameters, and GFLOP per image, of the network of a configuration."""
   config = importlib.import_module('configs.' + name.replace('/', '.')).get_config()
   model, states, params = utils.abstract_model(config)
   size = config.data.image_size
@@ -38,6 +38,7 @@ def measure(name: str) -> tuple[float, float]:
 
 
 def main(paths: list[str]) -> None:
+  """Prints a table of the configuration files `paths`, or of all."""
   chosen = [str(pathlib.Path(p).resolve().relative_to(CONFIGS).with_suffix('')) for p in paths]
   print('| configuration | parameters (M) | GFLOP per image |\n|---|---|---|')
   for name in chosen or names():

@@ -1,12 +1,13 @@
-"""Training speed of a configuration: images per second and share of the machine's matrix product.
+"""Training speed of a configuration: images per second, and share of the machine's peak speed.
 
   python -m benchmarks.training --config=configs/vp/mnist_ddpmpp_continuous.py
   python -m benchmarks.training --config=configs/ve/cifar10_ncsnpp_continuous.py \
       --config.training.batch_size=4 --config.data.dataset=random
 
-Prints one JSON line. A step is what training does: preprocessing, loss, gradient, clipping, Adam,
-EMA, on the devices and with the settings of main.py. Its floating point operations are counted as
-three forward passes. The data set `random` needs no files.
+It prints one JSON line. A step is that of `--mode=train`: preprocessing, loss, gradient, clipping,
+Adam and EMA, on the devices and with the settings of main.py. Its floating point operations count
+as three forward passes, and the peak speed is that of a matrix product. The data set `random` needs
+no files.
 """
 
 import json
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 import datasets
 import losses
@@ -34,8 +35,8 @@ _STEPS = flags.DEFINE_integer('steps', 5, 'Steps to time, after two that are not
 
 
 @datasets.register_dataset(name='random')
-def random_images(config, split):
-  """64 images of noise."""
+def random_images(config: ConfigDict, split: str) -> datasets.ArraySource:
+  """A data set of 64 images of noise."""
   del split
   data = config.data
   shape = (64, data.image_size, data.image_size, data.num_channels)
@@ -44,6 +45,7 @@ def random_images(config, split):
 
 
 def seconds(function: Callable[[], object], repeats: int) -> list[float]:
+  """The durations of `repeats` calls."""
   times = []
   for _ in range(repeats):
     start = time.perf_counter()
@@ -53,7 +55,7 @@ def seconds(function: Callable[[], object], repeats: int) -> list[float]:
 
 
 def gemm_peak(size: int = 2048) -> float:
-  """Operations per second of the best of ten square matrix products."""
+  """Floating point operations per second of the fastest of ten square matrix products."""
   a = jnp.ones((size, size))
   product = jax.jit(jnp.matmul)
   seconds(lambda: product(a, a), 2)
@@ -61,6 +63,7 @@ def gemm_peak(size: int = 2048) -> float:
 
 
 def main(argv: list[str]) -> None:
+  """Prints the report."""
   del argv
   startup.start_jax(_CONFIG.value)
   config = prepare(_CONFIG.value)
@@ -73,7 +76,7 @@ def main(argv: list[str]) -> None:
   analysis = forward.lower(state.params, image, jnp.ones(batch_size)).cost_analysis()
   step_flop = 3 * analysis['flops']
 
-  state = parallelism.replicate(state)  # as training does: else the second step compiles again
+  state = parallelism.replicate(state)  # as in training; else the second step compiles again
   train_step = train_mode.compile_train_step(
     losses.build_step_fn(config, sde, model, train=True),
     train_ds.preprocess,

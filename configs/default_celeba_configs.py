@@ -1,4 +1,4 @@
-"""Defaults of the CelebA experiments at 64px."""
+"""Defaults of the CelebA experiments at 64 pixels."""
 
 import ml_collections
 
@@ -6,6 +6,7 @@ from configs.default_cifar10_configs import get_default_configs as get_cifar10_c
 
 
 def get_default_configs() -> ml_collections.ConfigDict:
+  """The configuration that all CelebA experiments start from."""
   config = get_cifar10_configs()
 
   config.sampling.snr = 0.17

@@ -1,4 +1,4 @@
-"""Defaults of the 1024px experiments."""
+"""Defaults of the experiments at 1024 pixels."""
 
 import ml_collections
 
@@ -6,6 +6,7 @@ from configs.default_cifar10_configs import get_default_configs as get_cifar10_c
 
 
 def get_default_configs() -> ml_collections.ConfigDict:
+  """The configuration that all 1024px experiments start from."""
   config = get_cifar10_configs()
 
   training = config.training

@@ -6,6 +6,7 @@ from configs import defaults
 
 
 def get_default_configs() -> ml_collections.ConfigDict:
+  """The configuration that all CIFAR-10 experiments start from."""
   config = defaults.get_default_configs()
 
   data = config.data

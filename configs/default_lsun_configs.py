@@ -1,4 +1,4 @@
-"""Defaults of the LSUN experiments and of the others at 256px."""
+"""Defaults of the LSUN experiments and of the others at 256 pixels."""
 
 import ml_collections
 
@@ -6,6 +6,7 @@ from configs.default_cifar10_configs import get_default_configs as get_cifar10_c
 
 
 def get_default_configs() -> ml_collections.ConfigDict:
+  """The configuration that all 256px experiments start from."""
   config = get_cifar10_configs()
 
   training = config.training
@@ -22,7 +23,7 @@ def get_default_configs() -> ml_collections.ConfigDict:
   evaluate.enable_sampling = True
 
   data = config.data
-  data.dataset = 'LSUN'  # and data.category says which of LSUN's
+  data.dataset = 'LSUN'  # data.category names the category
   data.image_size = 256
 
   model = config.model

@@ -10,13 +10,14 @@ ASSETS = pathlib.Path(__file__).parent.parent / 'assets'
 
 
 def get_default_configs() -> ml_collections.ConfigDict:
+  """The configuration that all MNIST5K experiments start from."""
   config = get_cifar10_configs()
 
   data = config.data
   data.dataset = 'MNIST5K'
   data.image_size = 28
   data.num_channels = 1
-  data.random_flip = False  # a mirrored digit is no digit
+  data.random_flip = False  # most mirrored digits are no digits
 
   config.eval.extractor = 'mnist5k'
 

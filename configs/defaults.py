@@ -1,9 +1,10 @@
-"""Every key of a configuration, and the value that it has where a configuration leaves it out."""
+"""Every common key of a configuration, with its default, which applies where a file omits it."""
 
 import ml_collections
 
 
 def get_default_configs() -> ml_collections.ConfigDict:
+  """The configuration of all defaults."""
   config = ml_collections.ConfigDict()
   config.seed = 42
 
@@ -12,7 +13,7 @@ def get_default_configs() -> ml_collections.ConfigDict:
   training.batch_size = 128  # over all devices
   training.n_iters = 1300001
   training.snapshot_freq = 50000  # steps between the checkpoints that are kept
-  training.snapshot_freq_for_preemption = 10000  # steps between the saves that resume starts from
+  training.snapshot_freq_for_preemption = 10000  # steps between the states that a run resumes from
   training.snapshot_sampling = True  # draw samples with every kept checkpoint
   training.log_freq = 50
   training.eval_freq = 100
@@ -25,9 +26,9 @@ def get_default_configs() -> ml_collections.ConfigDict:
   sampling.method = 'pc'  # or 'ode', 'heun', 'ddim', 'dpm_solver++'
   sampling.predictor = 'euler_maruyama'
   sampling.corrector = 'none'
-  # Updates, whatever the method ('ode' chooses its own); with noise_removal the last is denoising.
-  sampling.n_steps = 0  # 0 takes model.num_scales
-  sampling.time_grid = 'edm'  # of the few-step methods: 'edm', 'logsnr' or 'uniform'
+  # Updates of every sampler except 'ode', which adapts; with noise_removal the last is denoising.
+  sampling.n_steps = 0  # 0: model.num_scales
+  sampling.time_grid = 'edm'  # of the few-step samplers: 'edm', 'logsnr' or 'uniform'
   sampling.rho = 7.0  # exponent of the grid 'edm'
   sampling.eta = 0.0  # new noise in ddim and dpm_solver++, from 0 (the flow) to 1 (the SDE)
   sampling.churn = 0.0  # noise that heun adds and removes again
@@ -35,26 +36,27 @@ def get_default_configs() -> ml_collections.ConfigDict:
   sampling.noise_removal = True  # return the mean of the last step
   sampling.probability_flow = False
   sampling.snr = 0.16  # signal-to-noise ratio of the corrector
-  sampling.ode_solver = 'RK45'  # of method='ode'; or RK23, DOP853, a name of diffrax
+  sampling.ode_solver = 'RK45'  # of method='ode'; or RK23, DOP853, a solver of diffrax
   sampling.rtol = 1e-5  # of method='ode'
   sampling.atol = 1e-5
   sampling.per_image_seeds = False  # each image from its own key, whatever the batch size
   sampling.task = 'unconditional'  # of --mode=sample; or inpaint, colorize, superres, class
   sampling.num_samples = 64  # of --mode=sample
   sampling.batch_size = 64  # of --mode=sample
-  sampling.mask = 'right'  # what task='inpaint' draws: right, left, bottom, top, center, random
+  # The part that task='inpaint' draws: right, left, bottom, top, center, random.
+  sampling.mask = 'right'
   sampling.superres_factor = 4  # side of the blocks of task='superres'
-  sampling.label = -1  # class of task='class'; -1 takes all in turn
+  sampling.label = -1  # class of task='class'; -1 draws all classes in turn
   sampling.guidance_scale = 1.0  # of task='class'
-  sampling.trajectory_every = 0  # steps between the frames of a GIF; 0 makes none
+  sampling.trajectory_every = 0  # steps between the frames of a GIF; 0 writes no GIF
 
   config.likelihood = likelihood = ml_collections.ConfigDict()
   likelihood.hutchinson_type = 'Rademacher'  # or 'Gaussian', 'exact'
-  likelihood.num_probes = 1  # probes that are averaged
+  likelihood.num_probes = 1  # how many probes are averaged
   likelihood.ode_solver = 'RK45'
   likelihood.rtol = 1e-5
   likelihood.atol = 1e-5
-  likelihood.eps = 1e-5  # the time that the data are taken to be at
+  likelihood.eps = 1e-5  # time t at which the integration starts, from the data
 
   config.eval = evaluate = ml_collections.ConfigDict()
   evaluate.begin_ckpt = 9
@@ -65,15 +67,15 @@ def get_default_configs() -> ml_collections.ConfigDict:
   evaluate.enable_loss = True
   evaluate.enable_bpd = False
   evaluate.bpd_dataset = 'test'
-  evaluate.bpd_repeats = 0  # passes, each with other noise; 0: 5 of 'test', 1 of 'train'
+  evaluate.bpd_repeats = 0  # passes, each with other noise; 0: 5 for 'test', 1 for 'train'
   evaluate.wait_seconds = 0  # how long to wait for a checkpoint that training has yet to save
   evaluate.extractor = 'inception'  # or 'inception_ttur', 'mnist5k'; 'none': draw samples only
   evaluate.inception_path = ''  # weights; else SCORE_SDE_INCEPTION, else assets/
   evaluate.stats_path = ''  # statistics of the data; else a file of assets/stats/
   evaluate.stats_split = 'train'
   evaluate.stats_features = True  # keep the features, for KID, precision and recall
-  # How many training images --mode=stats measures sigma_max on, at most 256 MiB of them: a sample
-  # where there are more; 0 leaves it out.
+  # How many training images --mode=stats measures sigma_max on, at most 256 MiB: a random sample of
+  # a larger data set; 0 skips it.
   evaluate.sigma_max_images = 50000
 
   config.data = data = ml_collections.ConfigDict()

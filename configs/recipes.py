@@ -1,13 +1,21 @@
-"""What the experiments of the paper share: the SDEs' settings and the network families.
+"""Settings that the experiments of the paper share: those of the SDEs and of the networks.
 
-An SDE is not one field but several that go together; each of the functions here sets them all.
+Several fields belong to an SDE or a network; each function of this module sets all of them.
+
+- Song et al., "Score-based generative modeling through stochastic differential equations",
+  https://arxiv.org/abs/2011.13456
+- Ho et al., "Denoising diffusion probabilistic models", https://arxiv.org/abs/2006.11239
+- Song and Ermon, "Generative modeling by estimating gradients of the data distribution" (NCSN),
+  https://arxiv.org/abs/1907.05600
+- Song and Ermon, "Improved techniques for training score-based generative models" (NCSNv2),
+  https://arxiv.org/abs/2006.09011
 """
 
 import ml_collections
 
 
 def ve(config: ml_collections.ConfigDict) -> None:
-  """The VE SDE: scores divided by sigma, images in [0, 1], PC sampling."""
+  """The VE SDE: network outputs divided by sigma, images in [0, 1], PC samplers."""
   config.training.sde = 'vesde'
   config.training.reduce_mean = False
   config.sampling.predictor = 'reverse_diffusion'
@@ -31,7 +39,7 @@ def vp(config: ml_collections.ConfigDict) -> None:
 
 
 def subvp(config: ml_collections.ConfigDict) -> None:
-  """The sub-VP SDE, otherwise set as the VP SDE."""
+  """The sub-VP SDE, with the other settings of the VP SDE."""
   vp(config)
   config.training.sde = 'subvpsde'
 
@@ -74,7 +82,7 @@ def deep(config: ml_collections.ConfigDict) -> None:
 
 
 def ncsnpp_256(config: ml_collections.ConfigDict) -> None:
-  """NCSN++ for 256px: seven resolutions, image pyramids at the input and at the output."""
+  """NCSN++ for 256 pixels: seven resolutions, image pyramids at the input and at the output."""
   ncsnpp(config)
   model = config.model
   model.ch_mult = (1, 1, 2, 2, 2, 2, 2)
@@ -84,7 +92,7 @@ def ncsnpp_256(config: ml_collections.ConfigDict) -> None:
 
 
 def ncsnpp_1024(config: ml_collections.ConfigDict) -> None:
-  """NCSN++ for 1024px: thin and of eight resolutions."""
+  """NCSN++ for 1024 pixels: eight resolutions and few channels."""
   ncsnpp_256(config)
   model = config.model
   model.nf = 16
@@ -94,7 +102,7 @@ def ncsnpp_1024(config: ml_collections.ConfigDict) -> None:
 
 
 def ddpm(config: ml_collections.ConfigDict) -> None:
-  """DDPM's network (Ho et al. 2020) for 32px."""
+  """The network of DDPM (Ho et al.) for 32 pixels."""
   model = config.model
   model.name = 'ddpm'
   model.nonlinearity = 'swish'
@@ -107,7 +115,7 @@ def ddpm(config: ml_collections.ConfigDict) -> None:
 
 
 def ddpm_256(config: ml_collections.ConfigDict) -> None:
-  """DDPM's network for 256px, where it needs a lower learning rate."""
+  """The network of DDPM for 256 pixels, where it needs a lower learning rate."""
   ddpm(config)
   config.model.ch_mult = (1, 1, 2, 2, 4, 4)
   config.model.num_scales = 1000
@@ -115,15 +123,16 @@ def ddpm_256(config: ml_collections.ConfigDict) -> None:
 
 
 def discrete(config: ml_collections.ConfigDict) -> None:
-  """Training on the steps of the chain behind the SDE: SMLD's for VE (Eq. 1), DDPM's for VP."""
+  """Training on the discrete noise levels: the objective of SMLD (Eq. 1) for VE, of DDPM for VP."""
   config.training.continuous = False
   config.model.embedding_type = 'positional'
 
 
 def ncsn(config: ml_collections.ConfigDict) -> None:
-  """NCSN (Song and Ermon 2019): ten noise levels, annealed Langevin dynamics, no average.
+  """NCSN: ten noise levels, annealed Langevin dynamics, no EMA.
 
-  A Langevin step is 2 snr^2 sigma^2; `snr` makes that 2e-5 sigma^2 / 0.01^2, as published.
+  A Langevin step has size 2 snr^2 sigma^2; with this `snr` that is 2e-5 sigma^2 / 0.01^2, the
+  published one.
   """
   ve(config)
   discrete(config)
@@ -159,9 +168,9 @@ def more_levels(
 
 
 def ncsnv2(config: ml_collections.ConfigDict) -> None:
-  """NCSNv2 (Song and Ermon 2020) for 32px, with all five techniques.
+  """NCSNv2 for 32 pixels, with all five techniques.
 
-  Technique 3 is the network that divides by sigma, technique 5 the average of the parameters.
+  Technique 3 divides the output of the network by sigma, technique 5 is the EMA of the parameters.
   """
   ncsn(config)
   more_levels(config, sigma_max=50.0, num_scales=232, snr=0.176)

@@ -1,7 +1,7 @@
-"""Published checkpoints in, weights out: `--mode=import` and `--mode=export`.
+"""`--mode=import` and `--mode=export`: published checkpoints in, weights out.
 
-A file is recognised by its content. Everything is read, checked against the configured network and
-turned into a training state before the working directory is touched.
+A file is recognised by its content. It is read, checked against the configured network and turned
+into a training state before anything is written to the working directory.
 """
 
 import json
@@ -28,11 +28,13 @@ from runtime.weights import Arrays
 from runtime.workdir import at_work, check_run, log_start, record
 from train_state import State
 
+PyTree = Any
+
 _HEAD = 64  # bytes by which a format is recognised
 
 
 def import_checkpoint(config: ConfigDict, workdir: pathlib.Path, checkpoint: str | None) -> State:
-  """See `run_lib.import_checkpoint`; `config` is complete."""
+  """See `run_lib.import_checkpoint`; `config` comes from `preparation.prepare`."""
   if _has_checkpoints(workdir):
     raise UserError(f'--workdir={workdir} already has checkpoints: import into a new one.')
   check_run(config, workdir)
@@ -60,25 +62,29 @@ def _has_checkpoints(workdir: pathlib.Path) -> bool:
 
 
 def read_state(config: ConfigDict, checkpoint: str | None) -> State:
-  """The training state in a checkpoint file of any registered format.
+  """Reads a checkpoint file of any registered format as a training state.
+
+  Args:
+    config: the configuration that the file was trained with.
+    checkpoint: the file.
 
   Raises:
-    UserError: as for `import_checkpoint`.
+    UserError: if the file is damaged, of no known format, or does not fit the configuration.
   """
   if not checkpoint:
-    raise UserError('--mode=import needs the file to import: give --checkpoint=FILE.')
+    raise UserError('--mode=import needs the file to import: add --checkpoint=FILE.')
   path = pathlib.Path(checkpoint).expanduser()
   try:
     with path.open('rb') as file:
       head = file.read(_HEAD)
   except OSError as error:
     raise UserError(
-      f'--checkpoint={path} cannot be read ({error.strerror}): give the file to import.'
+      f'--checkpoint={path} cannot be read ({error.strerror}): name the file to import.'
     ) from error
   formats = {name: FORMATS.get(name)() for name in FORMATS.names()}
   known = [name for name, form in formats.items() if form.recognises(head)]
   if not known:
-    raise UserError(f'--checkpoint={path} is of no known format: give {", or ".join(formats)}.')
+    raise UserError(f'--checkpoint={path} is of no known format: import {", or ".join(formats)}.')
   try:
     imported = formats[known[0]].read(path, config)
     return _to_state(config, path, imported)
@@ -87,13 +93,13 @@ def read_state(config: ConfigDict, checkpoint: str | None) -> State:
   except Exception as error:  # a hostile file can make a parser raise anything
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
     raise UserError(
-      f'--checkpoint={path} cannot be read as {known[0]} ({reason}): it is damaged or something '
-      f'else; get it again.'
+      f'--checkpoint={path} cannot be read as {known[0]} ({reason}): it is damaged or has another '
+      f'format; get it again.'
     ) from error
 
 
 def _to_state(config: ConfigDict, path: pathlib.Path, imported: ImportedCheckpoint) -> State:
-  """The state that training and evaluation go on from."""
+  """The state from which training resumes, and which evaluation reads."""
   configured = configuration.flatten(config)
   for name, value in imported.settings.items():
     if not _same(configured[name], value):
@@ -107,7 +113,7 @@ def _to_state(config: ConfigDict, path: pathlib.Path, imported: ImportedCheckpoi
   _, like = train_state.abstract_state(config)
   model = f'{path} does not fit model.name={config.model.name} as configured'
 
-  def fit(what: str, arrays: Arrays, like: Any) -> Any:
+  def fit(what: str, arrays: Arrays, like: PyTree) -> PyTree:
     return _fit(f'{model}; its {what}: ', arrays, like)
 
   params = fit('parameters', imported.params, like.params)
@@ -138,7 +144,7 @@ def _to_state(config: ConfigDict, path: pathlib.Path, imported: ImportedCheckpoi
 def _same(ours: Any, theirs: Any) -> bool:
   numbers = [isinstance(value, (int, float)) for value in (ours, theirs)]
   if all(numbers):
-    return bool(np.isclose(ours, theirs, rtol=1e-6, atol=0))  # theirs may be in float32
+    return bool(np.isclose(ours, theirs, rtol=1e-6, atol=0))  # theirs may be of single precision
   return ours == theirs
 
 
@@ -146,20 +152,20 @@ def _shown(value: Any) -> str:
   return f'{value:g}' if isinstance(value, float) else str(value)
 
 
-def _set(opt_state: Any, kind: str, **fields: Any) -> Any:
-  """`opt_state` with fields of the states of one kind replaced."""
+def _set(opt_state: PyTree, kind: str, **fields: PyTree) -> PyTree:
+  """`opt_state` with new values for fields of the states of one kind, such as Adam's."""
   of_kind = lambda path, _: getattr(path[-1], 'tuple_name', None) == kind
   try:
     return optax.tree_utils.tree_set(opt_state, of_kind, **fields)
   except KeyError as error:
     raise UserError(
-      'The file has the state of Adam, which the configured optimizer cannot take: set '
+      'The file has the state of Adam, which the configured optimizer cannot use: set '
       '--config.optim.optimizer=Adam.'
     ) from error
 
 
-def _fit(where: str, arrays: Arrays, like: Any) -> Any:
-  """The tree shaped as `like` with these arrays, or a sentence that begins with `where`."""
+def _fit(where: str, arrays: Arrays, like: PyTree) -> PyTree:
+  """As `weights.fit`, but raises a sentence that begins with `where`."""
   try:
     return weights.fit(arrays, like)
   except weights.Misfit as error:
@@ -171,16 +177,17 @@ def _fit(where: str, arrays: Arrays, like: Any) -> Any:
 def export_checkpoint(
   config: ConfigDict,
   workdir: pathlib.Path,
+  *,
   checkpoint: str | None = None,
   number: int | None = None,
 ) -> pathlib.Path:
-  """See `run_lib.export_checkpoint`; `config` is complete."""
+  """See `run_lib.export_checkpoint`; `config` comes from `preparation.prepare`."""
   _, state = load_weights(config, workdir, number)
 
   step = int(state.step)
   path = pathlib.Path(checkpoint or workdir / f'export_{step}.safetensors').expanduser()
   if path.exists():
-    raise UserError(f'--checkpoint={path} exists: choose another name for the export.')
+    raise UserError(f'--checkpoint={path} exists: choose another file for the export.')
   variables = {'params': state.params_ema, **state.model_state}
   arrays = {
     name: np.ascontiguousarray(x)

@@ -1,19 +1,19 @@
-"""--mode=eval: the evaluation of a run's checkpoints, in rounds that survive a kill.
+"""`--mode=eval`: evaluates the checkpoints of a run, in rounds that survive a kill.
 
-Each round leaves one file, written atomically, and its random numbers are a function of the seed,
-the checkpoint's step and the round's number. So the files that exist are the state: a killed
-evaluation resumes with the rounds whose files are missing or damaged, on any number of processes,
-and ends in the same numbers. `meta.json` remembers the settings and the checkpoints that the files
-belong to.
+Each round writes one file, complete or not at all, and its random numbers are a function of the
+seed, the checkpoint's step and the number of the round. So the existing files are the whole state:
+a killed evaluation resumes with the rounds whose files are missing or damaged, on any number of
+processes, and computes the same numbers. `meta.json` records the settings and the checkpoints that
+the files belong to.
 
-  ckpt_<N>_loss.npz               mean_loss, and all_losses of the batches
-  <split>_ckpt_<N>_bpd_<R>.npz    bpd of the images of round R
-  ckpt_<N>_host_0/samples_<R>.npz     samples, uint8
-  ckpt_<N>_host_0/statistics_<R>.npz  pool_3 and logits of them
-  report_<N>.npz                  what was made of all statistics of checkpoint N
-  report.json, report.csv         all numbers of all checkpoints
+  ckpt_<N>_loss.npz                   mean_loss, and all_losses of the batches
+  <split>_ckpt_<N>_bpd_<R>.npz        bits/dim of the images of round R
+  ckpt_<N>_host_0/samples_<R>.npz     samples as grey levels
+  ckpt_<N>_host_0/statistics_<R>.npz  their features pool_3 and logits
+  report_<N>.npz                      the numbers computed from all statistics of checkpoint N
+  report.json, report.csv             all numbers of all checkpoints
 
-The first process writes; the others share the computing.
+The first process writes; the others take part in the computation.
 """
 
 import csv
@@ -38,7 +38,7 @@ from runtime.workdir import at_work, check_run, log_start, of_model
 
 
 def evaluate(config: ConfigDict, workdir: pathlib.Path, eval_folder: str) -> None:
-  """See `run_lib.evaluate`."""
+  """See `run_lib.evaluate`; `config` comes from `preparation.prepare`."""
   _check_settings(config)
   folder = _folder(workdir, eval_folder)
   wanted = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
@@ -72,29 +72,31 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, eval_folder: str) -> Non
 
 
 def _of_evaluation(name: str) -> bool:
-  """Whether a field has to be that of the run for the numbers to be those of the run."""
+  """Whether the numbers of a run's checkpoints depend on the field of this name."""
   return of_model(name) or name.startswith(
     ('data.dataset', 'data.category', 'training.reduce_mean', 'training.likelihood_weighting')
   )
 
 
 def _check_settings(config: ConfigDict) -> None:
-  """Refuses settings that would be ignored, or leave nothing to do."""
+  """Refuses settings that have no effect, or leave nothing to evaluate."""
   settings, task = config.eval, config.sampling.task
   enables = [f'eval.enable_{name}' for name in EVALUATIONS.names()]
   if not any(settings.get(f'enable_{name}') for name in EVALUATIONS.names()):
-    raise UserError(f'Nothing is to be evaluated: set one of {", ".join(enables)} to True.')
+    raise UserError(f'No evaluation is enabled: set one of {", ".join(enables)} to True.')
   if settings.enable_sampling and task != 'unconditional':
     raise UserError(
       f'sampling.task={task!r} is not for --mode=eval, which compares unconditional samples with '
-      f'the data: use --mode=sample for it, or set sampling.task=unconditional.'
+      f'the data: use --mode=sample for this task, or set sampling.task=unconditional.'
     )
   if settings.bpd_repeats < 0:
-    raise UserError(f'eval.bpd_repeats={settings.bpd_repeats} must be 1 or more, or 0.')
+    raise UserError(
+      f'eval.bpd_repeats={settings.bpd_repeats} must be 1 or more: set it, or 0 for the default.'
+    )
 
 
 def _folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
-  """The folder called `name`, which must be one inside the working directory."""
+  """The folder of this name, which must lie inside the working directory."""
   root = os.path.abspath(workdir)
   path = pathlib.Path(os.path.normpath(os.path.join(root, name)))
   if pathlib.Path(root) not in path.parents:
@@ -105,25 +107,25 @@ def _folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _check_range(config: ConfigDict, workdir: pathlib.Path, wanted: range) -> None:
-  """Refuses checkpoints that will never be there."""
+  """Refuses checkpoints that training will never save."""
   training = config.training
   last = -(-training.n_iters // training.snapshot_freq)
   if not wanted:
     raise UserError(
-      f'eval.begin_ckpt={wanted.start} is behind eval.end_ckpt={wanted.stop - 1}: there is nothing '
-      f'to evaluate.'
+      f'eval.begin_ckpt={wanted.start} is greater than eval.end_ckpt={wanted.stop - 1}: set '
+      f'eval.begin_ckpt to the first checkpoint to evaluate and eval.end_ckpt to the last.'
     )
   if not (workdir / 'checkpoints').is_dir():
     raise UserError(f'{workdir}/checkpoints does not exist: --workdir must be that of a run.')
   if config.eval.wait_seconds and wanted[-1] > last:
     raise UserError(
-      f'eval.end_ckpt={wanted[-1]} will never be there: training.n_iters={training.n_iters} ends '
-      f'at checkpoint {last}; set eval.end_ckpt={last} or less.'
+      f'eval.end_ckpt={wanted[-1]} is more than training will save: training.n_iters='
+      f'{training.n_iters} ends at checkpoint {last}; set eval.end_ckpt={last} or less.'
     )
 
 
 def _check_first(config: ConfigDict, snapshots: CheckpointReader, wanted: range) -> None:
-  """Without waiting, all must be there before anything is computed."""
+  """Refuses missing checkpoints before anything is computed, unless waiting is enabled."""
   missing = [number for number in wanted if number not in snapshots.numbers()]
   if missing and not config.eval.wait_seconds:
     raise UserError(
@@ -139,7 +141,7 @@ def _wait_for(config: ConfigDict, snapshots: CheckpointReader, number: int) -> N
   if not snapshots.wait_for(number, seconds):
     raise UserError(
       f'{snapshots.directory} has no checkpoint {number} after eval.wait_seconds={seconds}: it has '
-      f'{snapshots.numbers()}; is training still running? The same command continues.'
+      f'{snapshots.numbers()}; is training still running? To resume, rerun the same command.'
     )
 
 
@@ -152,29 +154,30 @@ def _load_json(path: pathlib.Path) -> Any:
 
 
 def _is_table(content: Any) -> bool:
-  """Whether this is what both JSON files are: a dictionary of dictionaries."""
+  """Whether this is a dictionary of dictionaries, as in meta.json and report.json."""
   return isinstance(content, dict) and all(isinstance(row, dict) for row in content.values())
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], config: ConfigDict) -> str:
   """See `configuration.differences`.
 
-  What was recorded but the numbers no longer depend on, though the configuration still has it, does
-  not count.
+  A recorded setting that the configuration still has but the numbers no longer depend on does not
+  count.
   """
   ignored = configuration.flatten(config).keys() - new.keys()
   return configuration.differences(old, new, lambda name: name not in ignored)
 
 
 class Report:
-  """`meta.json`, `report.json` and `report.csv`; the first process writes them.
+  """The files `meta.json`, `report.json` and `report.csv`, which the first process writes.
 
   Args:
-    folder: where they are.
-    tasks: what is evaluated.
+    folder: where the files are.
+    tasks: the enabled evaluations.
 
   Raises:
-    UserError: if the folder has results of other settings, or none can tell of which.
+    UserError: if the folder has results of other settings, or of unknown ones because `meta.json`
+      is missing or damaged.
   """
 
   def __init__(self, folder: pathlib.Path, tasks: list[Evaluation]):
@@ -185,12 +188,12 @@ class Report:
       old = self._meta['settings'].setdefault(task.name, settings)
       if differing := _differences(old, settings, task.config):
         raise UserError(
-          f'{folder} holds an evaluation with other settings: {differing}; use those values or '
-          f'another --eval_folder.'
+          f'{folder} holds an evaluation with other settings: {differing}; set the recorded values '
+          f'or another --eval_folder.'
         )
       self._meta['settings'][task.name] = settings
     self._entries = self._load_entries(tasks)
-    # Nobody may read the old file after the first process has written the new one.
+    # All processes read the old file before the first one writes the new one.
     parallelism.from_first_process(0)
 
   def _load_meta(self) -> dict[str, dict[str, Any]]:
@@ -201,20 +204,20 @@ class Report:
     meta = _load_json(path)
     if not _is_table(meta) or not all(_is_table(meta.get(key)) for key in empty):
       raise UserError(
-        f'{path} is missing or damaged, and nothing else tells what the results beside it belong '
-        f'to: use another --eval_folder, or remove {self._folder}.'
+        f'{path} is missing or damaged, so the settings of the results in its folder are unknown: '
+        f'use another --eval_folder, or remove {self._folder}.'
       )
     return meta
 
   def _load_entries(self, tasks: list[Evaluation]) -> dict[str, dict[str, Any]]:
-    """`report.json`, or what the files of the tasks say where it is missing or damaged."""
+    """The content of `report.json`; if that is missing or damaged, the numbers in other files."""
     path = self._folder / 'report.json'
     entries = _load_json(path)
     if _is_table(entries):
       return entries
     if path.exists():
       logging.warning(
-        '%s was damaged; it is made again from the files of %s.',
+        '%s is damaged: its numbers are read again from the files of %s.',
         path,
         ', '.join(task.name for task in tasks),
       )
@@ -231,22 +234,27 @@ class Report:
       reporting.write_atomic(self._folder / name, json.dumps(content, indent=2).encode())
 
   def open(self, number: int, step: int, identity: str) -> None:
-    """Claims the files of checkpoint `number`.
+    """Records that the files of checkpoint `number` belong to this checkpoint.
+
+    Args:
+      number: the number of the checkpoint.
+      step: its training step.
+      identity: its checksum.
 
     Raises:
-      UserError: if they were made from another checkpoint of that number.
+      UserError: if the folder has results of another checkpoint of this number.
     """
     claim = {'step': step, 'identity': identity}
     claimed = self._meta['checkpoints'].setdefault(str(number), claim)
     if claimed != claim:
       raise UserError(
-        f'{self._folder} has results of another checkpoint {number}, of step {claimed["step"]} '
-        f'(this one is of {step}): remove them or use another --eval_folder.'
+        f'{self._folder} has results of another checkpoint {number}, of step {claimed["step"]}, '
+        f'while this one is of step {step}: remove them or use another --eval_folder.'
       )
     self._save('meta.json', self._meta)
 
   def close(self, number: int, tasks: list[Evaluation]) -> None:
-    """Writes the reports with the numbers of checkpoint `number`."""
+    """Adds the numbers of checkpoint `number` to `report.json` and `report.csv`."""
     if jax.process_index() != 0:
       return
     entry = self._entries.setdefault(str(number), {})

@@ -1,6 +1,6 @@
-"""The kinds of numbers that `--mode=eval` computes of a checkpoint: loss, bits/dim, sample quality.
+"""The evaluations of a checkpoint under `--mode=eval`: loss, bits/dim, sample quality.
 
-A kind is a class that is registered; `eval.enable_<name>` turns it on:
+An evaluation is a registered class, which `eval.enable_<name>` turns on:
 
   @register_evaluation(name='mine')
   class Mine(Evaluation): ...
@@ -27,6 +27,7 @@ import losses
 import metrics
 import sampling
 from runtime import configuration, npz_file, parallelism, reporting
+from runtime.array_types import Array, GreyLevels, RandomKey, Scalar
 from runtime.errors import UserError
 from runtime.registry import Registry
 from runtime.rng import stream
@@ -38,25 +39,25 @@ from train_state import State
 EVALUATIONS = Registry('evaluation')
 register_evaluation = EVALUATIONS.register
 
-# Settings that all numbers depend on, by the beginning of their names.
+# The settings that the numbers of all evaluations depend on, by the beginnings of their names.
 _COMMON = ('seed', 'data.', 'model.', 'training.sde', 'training.continuous', 'eval.batch_size')
 
 
 class Evaluation(abc.ABC):
-  """One kind of numbers about a checkpoint.
+  """Computes one kind of numbers of a checkpoint, and keeps its results in files.
 
-  The constructor refuses what cannot be computed, before anything is.
+  The constructor raises `UserError` for settings that cannot be evaluated, before any computation.
 
   Attributes:
-    name: in the names of its settings and files.
-    depends_on: beginnings of the names of settings that its numbers depend on.
+    name: the registered name, which `meta.json` records.
+    depends_on: beginnings of the names of the settings that its numbers depend on.
     source: the images that its numbers are about; None if it needs none.
 
   Args:
-    config: the complete configuration.
+    config: the configuration, from `preparation.prepare`.
     folder: where the files go.
     sde: the forward SDE.
-    model: the network.
+    model: the score network.
   """
 
   name: str
@@ -70,7 +71,7 @@ class Evaluation(abc.ABC):
     self.model = model
 
   def settings(self) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The settings that the numbers depend on, by name; results of other settings are refused."""
     flat = configuration.flatten(self.config)
     names = (name for name in sorted(flat) if name.startswith(_COMMON + self.depends_on))
     settings = {name: flat[name] for name in names if name not in LOCATIONS}
@@ -79,17 +80,23 @@ class Evaluation(abc.ABC):
 
   @abc.abstractmethod
   def is_done(self, number: int) -> bool:
-    """Whether all files of checkpoint `number` are there."""
+    """Whether the files of checkpoint `number` exist and are intact."""
 
   @abc.abstractmethod
   def run(self, number: int, state: State) -> None:
-    """Computes the files that are missing; all processes take part."""
+    """Computes the missing files of checkpoint `number`; all processes call this.
+
+    Args:
+      number: the number of the checkpoint.
+      state: its state, with EMA parameters but neither other parameters nor optimizer state.
+    """
 
   @abc.abstractmethod
   def numbers(self, number: int) -> dict[str, Any]:
-    """What the report says, from the files."""
+    """Reads the numbers of checkpoint `number` from the files, by their names in the report."""
 
-  def write(self, path: pathlib.Path, **arrays: np.ndarray) -> None:
+  def write(self, path: pathlib.Path, **arrays: reporting.Storable) -> None:
+    """Writes an .npz file of results, complete or not at all, in the first process."""
     if jax.process_index() == 0:
       if path.exists():
         logging.warning('%s was damaged; its results have been computed again.', path)
@@ -102,7 +109,7 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _is_whole(path: pathlib.Path) -> bool:
-  """Whether a file of results is there and as it was written."""
+  """Whether a file of results exists and is intact."""
   try:
     with zipfile.ZipFile(path) as file:
       return bool(file.namelist()) and file.testzip() is None
@@ -111,26 +118,31 @@ def _is_whole(path: pathlib.Path) -> bool:
 
 
 def _missing(paths: list[pathlib.Path]) -> list[int]:
-  """The indices of the files that the first process does not find, or finds damaged."""
+  """The indices of the files that are missing or damaged for the first process."""
   first = jax.process_index() == 0
   found = (parallelism.from_first_process(first and _is_whole(path)) for path in paths)
   return [i for i, whole in enumerate(found) if not whole]
 
 
-def _progress(rounds: Iterable[Any], what: str, files: list[Any], missing: list[int]) -> tqdm.tqdm:
-  """A bar over the missing rounds that counts those that are there as well."""
-  there = len(files) - len(missing)
-  return tqdm.tqdm(rounds, what, len(files), initial=there, unit='round', disable=None)
+def _progress(
+  rounds: Iterable[Any], what: str, *, files: list[pathlib.Path], missing: list[int]
+) -> tqdm.tqdm:
+  """A progress bar over the missing rounds, which counts the finished ones as done."""
+  done = len(files) - len(missing)
+  return tqdm.tqdm(rounds, what, len(files), initial=done, unit='round', disable=None)
 
 
 @register_evaluation(name='loss')
 class Loss(Evaluation):
-  """The training objective over the test split, each example once."""
+  """The training objective (Eq. 7, or SMLD's or DDPM's) over the test split, each example once.
+
+  Its number is `loss`, the mean over the examples, weighted by the size of the batches.
+  """
 
   name = 'loss'
   depends_on = ('training.reduce_mean', 'training.likelihood_weighting')
 
-  def __init__(self, config, folder, sde, model):
+  def __init__(self, config: ConfigDict, folder: pathlib.Path, sde: SDE, model: nn.Module):
     super().__init__(config, folder, sde, model)
     dequantization = config.data.uniform_dequantization
     _, self._dataset, _ = datasets.get_dataset(config, dequantization, evaluation=True)
@@ -139,7 +151,7 @@ class Loss(Evaluation):
     preprocess = self._dataset.preprocess
 
     @jax.jit
-    def batch_loss(rng, state, batch):
+    def batch_loss(rng: RandomKey, state: State, batch: dict[str, Array]) -> Scalar:
       data_rng, step_rng = jax.random.split(rng)
       images = preprocess(data_rng, batch['image'])
       return step_fn((step_rng, state), {'image': images, 'weight': batch['weight']})[1]
@@ -150,9 +162,15 @@ class Loss(Evaluation):
     return self.folder / f'ckpt_{number}_loss.npz'
 
   def is_done(self, number: int) -> bool:
+    """See `Evaluation.is_done`."""
     return _is_whole(self._path(number))
 
   def run(self, number: int, state: State) -> None:
+    """Writes `ckpt_<number>_loss.npz`.
+
+    Raises:
+      FloatingPointError: if a loss is NaN or infinite.
+    """
     root = jax.random.fold_in(stream(self.config.seed, 'eval'), state.step)
     dataset, values, counts = self._dataset, [], []
     batches = tqdm.tqdm(dataset.once(), 'loss', len(dataset), unit='batch', disable=None)
@@ -165,17 +183,21 @@ class Loss(Evaluation):
     self.write(self._path(number), all_losses=np.float64(values), mean_loss=mean)
 
   def numbers(self, number: int) -> dict[str, Any]:
+    """The mean loss."""
     return {'loss': float(_read(self._path(number))['mean_loss'])}
 
 
 @register_evaluation(name='bpd')
 class BitsPerDim(Evaluation):
-  """Bits/dim of `eval.bpd_dataset`, each image `eval.bpd_repeats` times with other noise."""
+  """Bits/dim of `eval.bpd_dataset`, each image `eval.bpd_repeats` times with other noise.
+
+  Its number is `bpd_<split>`, the mean over images and repeats. A round is one batch of one repeat.
+  """
 
   name = 'bpd'
   depends_on = ('likelihood.', 'eval.bpd')
 
-  def __init__(self, config, folder, sde, model):
+  def __init__(self, config: ConfigDict, folder: pathlib.Path, sde: SDE, model: nn.Module):
     super().__init__(config, folder, sde, model)
     self._split = config.eval.bpd_dataset
     splits = dict(
@@ -194,21 +216,28 @@ class BitsPerDim(Evaluation):
     return [self.folder / f'{self._split}_ckpt_{number}_bpd_{r}.npz' for r in range(rounds)]
 
   def is_done(self, number: int) -> bool:
+    """See `Evaluation.is_done`."""
     return all(_is_whole(path) for path in self._files(number))
 
   def run(self, number: int, state: State) -> None:
+    """Writes the missing files `<split>_ckpt_<number>_bpd_<R>.npz`: `bpd` (images,) and `nfe`.
+
+    Raises:
+      FloatingPointError: if a likelihood is NaN or infinite.
+    """
     root = jax.random.fold_in(stream(self.config.seed, 'bpd'), state.step)
     files, batches = self._files(number), len(self._dataset)
     missing = _missing(files)
-    for r, images in _progress(self._images(missing), 'bits/dim', files, missing):
+    rounds = _progress(self._images(missing), 'bits/dim', files=files, missing=missing)
+    for r, images in rounds:
       rng = jax.random.fold_in(root, r)
       bpd, _, nfe = self._likelihood_fn(rng, state, parallelism.global_batch(images))
       bpd = parallelism.to_host(bpd)[: self._dataset.count(r % batches)]
       reporting.check_finite(bpd, 'bits/dim', int(state.step))
       self.write(files[r], bpd=bpd, nfe=nfe)
 
-  def _images(self, rounds: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """The increasing `rounds`, each with this process's images of it."""
+  def _images(self, rounds: list[int]) -> Iterator[tuple[int, GreyLevels]]:
+    """The increasing `rounds`, each with this process's part of its images."""
     for repeat, group in itertools.groupby(rounds, lambda r: r // len(self._dataset)):
       wanted = list(group)
       batches = self._dataset.once(wanted[0] - repeat * len(self._dataset))
@@ -217,12 +246,13 @@ class BitsPerDim(Evaluation):
           yield r, batch['image']
 
   def numbers(self, number: int) -> dict[str, Any]:
+    """The mean of bits/dim; with `bpd_warnings` if it is below zero, which cannot be."""
     images = np.concatenate([_read(path)['bpd'] for path in self._files(number)])
     bpd = float(np.mean(images, dtype=np.float64))
     numbers = {f'bpd_{self._split}': bpd}
     if bpd >= 0:
       return numbers
-    # Grey levels are discrete: -log2 of a probability.
+    # Grey levels are discrete, so bits/dim are -log2 of a probability.
     warning = f'{bpd:.3g} bits/dim cannot be: set likelihood.rtol and likelihood.atol lower.'
     logging.warning('%s', warning)
     return numbers | {'bpd_warnings': [warning]}
@@ -230,12 +260,16 @@ class BitsPerDim(Evaluation):
 
 @register_evaluation(name='sampling')
 class Samples(Evaluation):
-  """`eval.num_samples` samples, their features and what these say."""
+  """Draws `eval.num_samples` samples and compares their features with those of the data.
+
+  Its numbers are FID, KID, Inception score, precision and recall, as `evaluation.sample_metrics`
+  names them. A round is one batch of samples.
+  """
 
   name = 'sampling'
   depends_on = ('eval.num_samples', 'eval.extractor')
 
-  def __init__(self, config, folder, sde, model):
+  def __init__(self, config: ConfigDict, folder: pathlib.Path, sde: SDE, model: nn.Module):
     super().__init__(config, folder, sde, model)
     data, self._size = config.data, config.eval.batch_size
     self._count = config.eval.num_samples
@@ -251,6 +285,7 @@ class Samples(Evaluation):
     self._sampling_fn = sampling.get_sampling_fn(config, sde, model, shape, inverse_scaler)
 
   def settings(self) -> dict[str, Any]:
+    """As `Evaluation.settings`, with the settings that the sampler reads."""
     flat = configuration.flatten(self.config)
     keys = read_keys(self._reads, self.config)
     settings = super().settings() | {key: flat.get(key) for key in keys}
@@ -259,7 +294,7 @@ class Samples(Evaluation):
     return settings | {'eval.stats_path': self._stats.checksum()}
 
   def _reads(self, config: ConfigDict) -> None:
-    """Reads the part of the configuration that samples depend on."""
+    """Reads the settings that samples depend on."""
     sampling.check(config, self.sde)
     sampling.batch_rng(config, jax.random.PRNGKey(0), 0, size=1)
 
@@ -271,15 +306,21 @@ class Samples(Evaluation):
     return self.folder / f'report_{number}.npz'
 
   def is_done(self, number: int) -> bool:
+    """See `Evaluation.is_done`."""
     if self._extractor is not None:
       return _is_whole(self._report(number))
     return all(_is_whole(path) for path in self._files(number, 'samples'))
 
   def run(self, number: int, state: State) -> None:
+    """Writes the missing files `samples_<R>.npz` and `statistics_<R>.npz`, and the report of all.
+
+    Raises:
+      FloatingPointError: if a sample has a value that is NaN or infinite.
+    """
     root = jax.random.fold_in(stream(self.config.seed, 'sample'), state.step)
     drawn, described = self._files(number, 'samples'), self._files(number, 'statistics')
     missing = _missing(drawn if self._extractor is None else described)
-    for r in _progress(missing, 'samples', drawn, missing):
+    for r in _progress(missing, 'samples', files=drawn, missing=missing):
       if _missing([drawn[r]]):
         rng = sampling.batch_rng(self.config, root, r, size=self._size)
         samples = self._draw(rng, state)[: self._count - r * self._size]
@@ -291,7 +332,7 @@ class Samples(Evaluation):
     if self._extractor is not None and jax.process_index() == 0:
       self._compare(number, described)
 
-  def _draw(self, rng: jax.Array, state: State) -> np.ndarray:
+  def _draw(self, rng: RandomKey, state: State) -> GreyLevels:
     samples = parallelism.to_host(self._sampling_fn(rng, state)[0])
     reporting.check_finite(samples, 'samples', int(state.step))
     return reporting.to_uint8(samples)
@@ -305,6 +346,7 @@ class Samples(Evaluation):
     self.write(self._report(number), **numbers, warnings=np.asarray(warnings, np.str_))
 
   def numbers(self, number: int) -> dict[str, Any]:
+    """The metrics, the name of the reference data and their split-half baseline, and warnings."""
     if self._extractor is None:
       return {}
     content = _read(self._report(number))

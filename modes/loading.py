@@ -1,4 +1,4 @@
-"""The trained network of a run, for the modes that use one."""
+"""Loads the trained network of a run, for the modes that use one."""
 
 import pathlib
 
@@ -14,19 +14,19 @@ from train_state import State
 def load_weights(
   config: ConfigDict, workdir: pathlib.Path, number: int | None = None
 ) -> tuple[nn.Module, State]:
-  """The network of the run in `workdir` and a saved state, without parameters beside the EMA.
+  """The network of the run in `workdir` and a saved state that has only the EMA parameters.
 
   Args:
-    config: of the run.
+    config: the configuration of the run.
     workdir: its directory.
-    number: which of `checkpoints/`; by default the newest state there is.
+    number: which of `checkpoints/`; by default the newest state.
 
   Raises:
-    UserError: if there is no such state, or the run has another configuration.
+    UserError: if the state does not exist, or the run has another configuration.
   """
   if workdirs.read_config(workdir) is None:
     logging.warning(
-      '%s has no config.json: the configuration is taken to be that of the run.', workdir
+      '%s has no config.json: the configuration cannot be compared with that of the run.', workdir
     )
   workdirs.check_run(config, workdir, workdirs.of_model)
   model, like = train_state.abstract_state(config)

@@ -1,7 +1,7 @@
-"""A configuration that is complete and right: checked before anything expensive starts.
+"""Completes and checks a configuration before anything expensive starts.
 
-The builders that read the configuration refuse what they cannot do; so most of a check is to build
-what the mode will use, without computing anything.
+The functions that build from a configuration refuse what they cannot do, so most of the check is to
+build what the mode will use, without computing anything.
 """
 
 from typing import Any
@@ -21,17 +21,17 @@ from modes.evaluations import EVALUATIONS
 from runtime import configuration
 from runtime.errors import UserError
 
-# Keys that only some data sets read; a configuration may keep them beside another data set.
+# Keys that only some data sets read; a configuration with another data set may keep them.
 _DATA_KEYS = ('tfrecords_path', 'category')
 
 FREQUENCIES = ('log_freq', 'eval_freq', 'snapshot_freq', 'snapshot_freq_for_preemption')
 
 
 def prepare(config: ConfigDict) -> ConfigDict:
-  """The complete configuration: absent keys of the common sections filled in, everything checked.
+  """The configuration with absent keys set to their defaults and everything checked.
 
   Raises:
-    UserError: one sentence on the first thing that is wrong.
+    UserError: for the first unknown key, wrong type or value that cannot work.
   """
   config = configuration.complete(config, _registered_keys(config))
   _check_values(config)
@@ -39,7 +39,7 @@ def prepare(config: ConfigDict) -> ConfigDict:
 
 
 def _registered_keys(config: ConfigDict) -> dict[str, dict[str, Any]]:
-  """The keys that what is registered reads, by section, each with an example of its value."""
+  """The keys that registered objects read, by section, each with an example of its value."""
   defaults = configuration.get_default_configs()
 
   def chosen(section: str, key: str) -> Any:
@@ -47,7 +47,7 @@ def _registered_keys(config: ConfigDict) -> dict[str, dict[str, Any]]:
     default = defaults[section][key]
     return values.get(key, default) if isinstance(values, ConfigDict) else default
 
-  # A configuration may set what another network or SDE reads, as the shared recipes do.
+  # A configuration may set keys of another network or SDE, as the shared recipes do.
   model = dict.fromkeys(mutils.MODELS.all_fields() | sde_lib.SDES.all_fields())
   model |= mutils.MODELS.fields(chosen('model', 'name'))
   model |= sde_lib.SDES.fields(chosen('training', 'sde'))
@@ -80,7 +80,7 @@ def _check_values(config: ConfigDict) -> None:
   if not 0 <= config.model.ema_rate < 1:
     raise UserError(f'model.ema_rate={config.model.ema_rate} must be in [0, 1).')
   _check_classifier(config.classifier)
-  # The network refuses shapes that do not fit in an abstract pass, the objective what it cannot do.
+  # The abstract pass of the network refuses shapes that do not fit; the objective does the same.
   model, _, _ = mutils.abstract_model(config)
   losses.build_step_fn(config, sde, model, train=False)
   if not training.continuous:

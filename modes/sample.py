@@ -1,15 +1,15 @@
-"""--mode=sample: samples of a trained run under a task, in rounds that survive a kill.
+"""`--mode=sample`: draws samples of a trained run under a task, in rounds that survive a kill.
 
-A round is a batch of `sampling.batch_size`, of which the last keeps what is left of
-`sampling.num_samples`. The random numbers depend on the seed and the round, or with
-`sampling.per_image_seeds` the image, only; a run that was killed resumes with its round.
+A round is a batch of `sampling.batch_size`; the last one keeps only the remainder of
+`sampling.num_samples`. The random numbers depend only on the seed and the round, or on the seed and
+the image with `sampling.per_image_seeds`; a run that was killed resumes with its unfinished round.
 
-  samples_<R>.npz     uint8 images and labels; where test images are used, also what was given of
-                      them, and the originals
+  samples_<R>.npz     grey levels and labels; for tasks that use test images also the observed part
+                      (`given`) and the `originals`
   settings.json       the checkpoint and the settings that the samples depend on; others are refused
-  report_<R>.json     task, method, step, seed, network calls, seconds; written last
-  grid.png            what was given, the sample and the original side by side
-  trajectory.gif/png  with `sampling.trajectory_every`: the first round on its way
+  report_<R>.json     task, method, step, seed, NFE, seconds; written last
+  grid.png            the observed part, the sample and the original side by side
+  trajectory.gif/png  with `sampling.trajectory_every`: x_t of the first round over time
 """
 
 import hashlib
@@ -31,6 +31,7 @@ import sampling
 import sde_lib
 from modes.loading import load_weights
 from runtime import configuration, parallelism, reporting
+from runtime.array_types import GreyLevels, Labels
 from runtime.configuration import differences
 from runtime.errors import UserError
 from runtime.rng import stream
@@ -41,7 +42,7 @@ from train_state import State
 
 
 def sample(config: ConfigDict, workdir: pathlib.Path, checkpoint_number: int | None) -> None:
-  """See `run_lib.sample`."""
+  """See `run_lib.sample`; `config` comes from `preparation.prepare`."""
   sde = sde_lib.get_sde(config)
   draw = RoundSampler(config, sde)
   read = read_keys(lambda config: RoundSampler(config, sde), config)
@@ -51,25 +52,25 @@ def sample(config: ConfigDict, workdir: pathlib.Path, checkpoint_number: int | N
   directory = workdir / 'samples' / name.lower()
   sampler = sampling.get_sampling_fn(config, sde, model, draw.shape, draw.inverse_scaler)
   with at_work(directory, '--workdir'):
-    _record_settings(directory, _settings(config, read, draw, state))
+    _record_settings(directory, _settings(config, read, draw.source, state=state))
     sizes = round_sizes(settings.num_samples, settings.batch_size)
-    with tqdm.tqdm(total=len(sizes) * draw.calls, unit='call', disable=None) as bar:
+    with tqdm.tqdm(total=len(sizes) * draw.nfe, unit='NFE', disable=None) as bar:
       for number, size in enumerate(sizes):
         if not parallelism.from_first_process(_is_done(directory, number, size)):
-          draw(sampler, state, number, size, directory, bar)
-        bar.update((number + 1) * draw.calls - bar.n)
+          draw(sampler, state, number=number, size=size, directory=directory, bar=bar)
+        bar.update((number + 1) * draw.nfe - bar.n)
     if jax.process_index() == 0:
       reporting.write_comparison(directory, len(sizes), settings.num_samples)
     logging.info('%d samples: %s', settings.num_samples, directory)
 
 
 def round_sizes(count: int, batch_size: int) -> list[int]:
-  """How many samples each round keeps: whole batches, and what is left in the last."""
+  """How many samples each round keeps: `batch_size` each, and the remainder in the last."""
   return [min(batch_size, count - start) for start in range(0, count, batch_size)]
 
 
 def _is_done(directory: pathlib.Path, number: int, size: int) -> bool:
-  """Whether a round has been written, with at least `size` samples."""
+  """Whether round `number` has been written with at least `size` samples."""
   try:
     report = read_json(directory / f'report_{number}.json', '')
   except UserError:
@@ -79,9 +80,9 @@ def _is_done(directory: pathlib.Path, number: int, size: int) -> bool:
 
 
 def _settings(
-  config: ConfigDict, read: tuple[str, ...], draw: 'RoundSampler', state: State
+  config: ConfigDict, read: tuple[str, ...], source: datasets.Source | None, *, state: State
 ) -> dict[str, Any]:
-  """What the samples depend on, given the names of the settings that drawing them has read."""
+  """The settings that the samples depend on: those of the names `read`, the data, the weights."""
   free = (*LOCATIONS, 'sampling.num_samples', 'sampling.trajectory_every', 'classifier.checkpoint')
   flat = configuration.flatten(config)
   names = (name for name in sorted({*read, *filter(of_model, flat)}) if name not in free)
@@ -90,13 +91,13 @@ def _settings(
   if 'classifier.checkpoint' in read:
     content = pathlib.Path(config.classifier.checkpoint).expanduser().read_bytes()
     settings['classifier'] = hashlib.sha256(content).hexdigest()[:16]
-  if fingerprint := getattr(draw.source, 'fingerprint', None):
+  if fingerprint := getattr(source, 'fingerprint', None):
     settings['data.fingerprint'] = fingerprint
   return settings
 
 
 def _record_settings(directory: pathlib.Path, settings: dict[str, Any]) -> None:
-  """Writes `settings.json`.
+  """Writes `settings.json`, or compares the existing one.
 
   Raises:
     UserError: if the directory holds samples of other settings.
@@ -107,14 +108,14 @@ def _record_settings(directory: pathlib.Path, settings: dict[str, Any]) -> None:
     if differing := differences(old, settings):
       raise UserError(
         f'{directory} holds samples of other settings: {differing}; set another --config.seed, or '
-        f'remove it.'
+        f'remove the directory.'
       )
   elif jax.process_index() == 0:
     reporting.write_atomic(path, json.dumps(settings, indent=2).encode())
 
 
 def weights_checksum(state: State) -> str:
-  """Tells the weights that samples are drawn with from others of the same step."""
+  """A checksum that tells the EMA weights of a state from others of the same step."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves((state.params_ema, state.model_state)):
     digest.update(np.ascontiguousarray(leaf))
@@ -122,14 +123,20 @@ def weights_checksum(state: State) -> str:
 
 
 class RoundSampler:
-  """Draws one batch under the configured task and writes it.
+  """Draws batches under the configured task and writes them.
 
   Args:
-    config: reads `sampling`, `data` and `seed`.
+    config: the configuration; `sampling`, `data`, `seed` and what the task needs are read.
     sde: the forward SDE.
 
+  Attributes:
+    shape: (B, H, W, C) of a batch.
+    inverse_scaler: maps the network's range to [0, 1].
+    nfe: function evaluations of the network in a round, as far as the sampler fixes them.
+    source: the test images, for tasks that use them; else None.
+
   Raises:
-    UserError: for settings that do not go together, before anything is compiled.
+    UserError: for settings that contradict one another, before anything is compiled.
   """
 
   def __init__(self, config: ConfigDict, sde: SDE):
@@ -145,28 +152,41 @@ class RoundSampler:
     self._task = controllable_generation.get_task(config, sde, self.inverse_scaler)
     zeros = jax.numpy.zeros((2, *self.shape[1:])), jax.numpy.zeros(2, int)
     sampling.check(config, sde, self._task.condition(*zeros))
-    method = sampling.get_sampler(config, sde)
+    chosen = sampling.get_sampler(config, sde)
     sampling.batch_rng(config, self._root, 0, size=1)
-    self.calls = method.n_steps * method.nfe_per_step
+    self.nfe = chosen.n_steps * chosen.nfe_per_step
     self.source = datasets.get_source(config, 'test') if self._task.uses_images else None
 
   def __call__(
     self,
     sampler: sampling.SamplingFn,
     state: State,
+    *,
     number: int,
     size: int,
     directory: pathlib.Path,
     bar: tqdm.tqdm,
   ) -> None:
-    """Draws round `number` and writes its first `size` samples."""
+    """Draws a round and writes its samples, then its report.
+
+    Args:
+      sampler: the compiled sampler.
+      state: the state whose EMA parameters it uses.
+      number: the number of the round, from 0.
+      size: how many samples of the batch to keep.
+      directory: where the files go.
+      bar: the progress bar, which counts NFE.
+
+    Raises:
+      FloatingPointError: if a sample has a value that is NaN or infinite.
+    """
     index = number * self.shape[0] + np.arange(self.shape[0])
     originals, labels = self._examples(index)
     images = self._scaler(originals / np.float32(255))
     condition = self._task.condition(jax.numpy.asarray(images), jax.numpy.asarray(labels))
     rng = sampling.batch_rng(self._config, self._root, number, size=self.shape[0])
     every = self._settings.trajectory_every if number == 0 else 0
-    callback = reporting.SamplingProgress(bar, self.calls, every)
+    callback = reporting.SamplingProgress(bar, self.nfe, every)
     start = time.perf_counter()
     samples, nfe = sampler(
       rng, state, condition=parallelism.replicate(condition), callback=callback
@@ -179,8 +199,8 @@ class RoundSampler:
       return
     arrays = {'samples': samples, 'labels': labels[:size]}
     if self.source is not None:
-      given = self.inverse_scaler(self._task.observed(condition, images))
-      arrays |= {'given': reporting.to_uint8(given)[:size], 'originals': originals[:size]}
+      observed = self.inverse_scaler(self._task.observed(condition, images))
+      arrays |= {'given': reporting.to_uint8(observed)[:size], 'originals': originals[:size]}
     reporting.write_npz(directory / f'samples_{number}.npz', **arrays)
     if callback.frames:
       reporting.write_trajectory(directory, callback.frames)
@@ -198,8 +218,8 @@ class RoundSampler:
     text = json.dumps(report, indent=2).encode()
     reporting.write_atomic(directory / f'report_{number}.json', text)
 
-  def _examples(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images of the test split in an order that the seed draws, and labels."""
+  def _examples(self, index: np.ndarray) -> tuple[GreyLevels, Labels]:
+    """Test images as grey levels, in an order that the seed determines, and their labels."""
     if self.source is None:
       return np.zeros(self.shape, np.uint8), self._task.labels(index)
     order = np.random.RandomState(self._config.seed).permutation(len(self.source))

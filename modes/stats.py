@@ -1,4 +1,8 @@
-"""--mode=stats: statistics of a data set, which samples are compared with, and its `sigma_max`."""
+"""`--mode=stats`: statistics of a data set, with which samples are compared, and its `sigma_max`.
+
+`sigma_max` follows Technique 1 of Song and Ermon, "Improved techniques for training score-based
+generative models", https://arxiv.org/abs/2006.09011.
+"""
 
 import hashlib
 import math
@@ -9,27 +13,33 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import logging
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 import datasets
 import metrics
 from evaluation import get_extractor, provenance, stats_path
 from runtime import parallelism, reporting
+from runtime.array_types import Array, Count, Features, GreyLevels, Scalar
 from runtime.errors import UserError
 from runtime.workdir import log_start
 
-_SIGMA_MAX_BYTES = 2**28  # of the images that are compared
-_BLOCK = 4096  # rows of features that moments take in at a time
+_Levels = UInt8[Array, 'N *dims']
+_Rows = UInt8[Array, 'N D']
+
+_SIGMA_MAX_BYTES = 2**28  # of the images whose distances are measured
+_BLOCK = 4096  # rows of features that are added to the moments at a time
 
 
 def write_stats(config: ConfigDict) -> pathlib.Path:
-  """Makes the statistics of `eval.stats_split`: each image once, as it is, in grey levels.
+  """Computes the statistics of `eval.stats_split` and returns the path of their file.
 
-  Features are kept in memory only if they are to be in the file; so are, for `sigma_max`, at most
-  256 MiB of training images. Returns where the statistics are.
+  Each image counts once, neither flipped nor dequantized. Features are kept in memory only if the
+  file is to hold them, and at most 256 MiB of training images are, for `sigma_max`.
 
   Raises:
-    UserError: if the weights or the data are not there, or the file cannot be written.
+    UserError: if the weights of the extractor or the data are missing, or the file cannot be
+      written.
   """
   log_start(config)
   path = stats_path(config)
@@ -40,7 +50,7 @@ def write_stats(config: ConfigDict) -> pathlib.Path:
   if len(source) < 2:
     raise UserError(
       f'The split {split!r} of {config.data.dataset} has {len(source)} images, and fewer than two '
-      f'have no covariance: set eval.stats_split, or data.path, to more.'
+      f'have no covariance: set eval.stats_split or data.path to a larger set.'
     )
   dataset = datasets.Dataset(source, size, config.seed, False, lambda rng, x: x)
 
@@ -65,14 +75,14 @@ def write_stats(config: ConfigDict) -> pathlib.Path:
     reporting.write_npz(path, **arrays)
   logging.info('%d images of %s: %s', moments.count, config.data.dataset, path)
   for name, value in baseline.items():
-    logging.info('one half of them compared with the other, %s: %.6g', name, value)
+    logging.info('split-half baseline, %s: %.6g', name, value)
   if config.eval.sigma_max_images:
     logging.info('%s', images.sigma_max_line() if images else sigma_max_line(config))
   return path
 
 
 def _check_stats_settings(config: ConfigDict, path: pathlib.Path) -> None:
-  """Raises `UserError` for what --mode=stats cannot do."""
+  """Raises `UserError` for settings that `--mode=stats` cannot use."""
   settings = config.eval
   if settings.stats_split not in ('train', 'test'):
     raise UserError(f"eval.stats_split={settings.stats_split!r} must be 'train' or 'test'.")
@@ -82,39 +92,38 @@ def _check_stats_settings(config: ConfigDict, path: pathlib.Path) -> None:
       f'sigma_max out.'
     )
   if path.is_dir():
-    raise UserError(f'eval.stats_path={path} is a folder: give the name of a file in it.')
+    raise UserError(f'eval.stats_path={path} is a folder: set the path of a file.')
   reporting.check_writable(path.parent, 'eval.stats_path')
 
 
 class _Features:
-  """What is made of features that arrive in batches.
+  """Collects features that arrive in batches, and their moments.
 
   Args:
-    dim: number of features.
-    count: how many rows will come.
-    keep: whether to keep them.
+    dim: the number of features D of an image.
+    count: the number of images N.
+    keep: whether to keep the features.
 
   Attributes:
-    moments: of all.
-    halves: moments of every second row, and of the others.
-    pool_3: all rows, or None.
+    moments: the moments of all images.
+    halves: the moments of the images of even and of odd number.
+    pool_3: all features, (N, D), or None.
   """
 
   def __init__(self, dim: int, count: int, keep: bool):
-    self.moments, self.halves = (
-      metrics.FeatureMoments(dim),
-      (metrics.FeatureMoments(dim), metrics.FeatureMoments(dim)),
-    )
+    self.moments = metrics.FeatureMoments(dim)
+    self.halves = metrics.FeatureMoments(dim), metrics.FeatureMoments(dim)
     self.pool_3 = np.empty((count, dim), np.float32) if keep else None
     self._waiting: list[np.ndarray] = []  # many rows at a time cost little more than one
 
-  def add(self, pool_3: np.ndarray) -> None:
+  def add(self, pool_3: Features) -> None:
+    """Adds the features (B, D) of the next B images."""
     self._waiting.append(pool_3)
     if sum(map(len, self._waiting)) >= _BLOCK:
       self.finish()
 
   def finish(self) -> None:
-    """Takes in what waits; call it after the last batch."""
+    """Adds the waiting features to the moments; must be called after the last batch."""
     if not self._waiting:
       return
     rows, self._waiting, start = np.concatenate(self._waiting), [], self.moments.count
@@ -126,10 +135,10 @@ class _Features:
 
 
 class TrainingImages:
-  """A seeded sample of the training images in memory: all, if `sigma_max` may look at so many.
+  """The training images that `sigma_max` is measured on: all, or a random sample of allowed size.
 
   Args:
-    config: reads `eval.sigma_max_images`, `seed` and `data`.
+    config: the configuration; `eval.sigma_max_images`, `seed` and `data` are read.
     source: the training images.
   """
 
@@ -141,19 +150,19 @@ class TrainingImages:
     self._chosen = np.sort(rng.permutation(len(source))[:count])
     self._pixels = np.empty((count, *shape), np.uint8)
 
-  def add(self, start: int, images: np.ndarray) -> None:
-    """Keeps those of images number `start`, `start` + 1, ... that are in the sample."""
+  def add(self, start: int, images: GreyLevels) -> None:
+    """Keeps those of the images (B, H, W, C) of number `start`, ... that are in the sample."""
     first, last = np.searchsorted(self._chosen, (start, start + len(images)))
     self._pixels[first:last] = images[self._chosen[first:last] - start]
 
   def read(self) -> 'TrainingImages':
-    """Reads the sample, and nothing else, from the source; returns itself."""
-    for i in tqdm.tqdm(self._chosen, 'images for sigma_max', disable=None):
-      self.add(i, self._source[int(i)]['image'][None])
+    """Reads the sample, and no other images, from the source; returns itself."""
+    for i in tqdm.tqdm(self._chosen.tolist(), 'images for sigma_max', disable=None):
+      self.add(i, self._source[i]['image'][None])
     return self
 
   def sigma_max_line(self) -> str:
-    """The line of a configuration that sets `sigma_max` for these images."""
+    """The line of a configuration that sets `sigma_max` for these images, in scaled units."""
     low, high = self._scaler(0.0), self._scaler(1.0)
     distance = largest_distance(self._pixels) / 255 * (high - low)
     count, total = len(self._chosen), len(self._source)
@@ -170,25 +179,25 @@ def sigma_max_line(config: ConfigDict) -> str:
   return TrainingImages(config, datasets.get_source(config, 'train')).read().sigma_max_line()
 
 
-def largest_distance(images: np.ndarray, block_bytes: int = 2**26) -> float:
-  """The largest Euclidean distance between two of uint8 `images` (N, ...), in grey levels.
+def largest_distance(images: _Levels, block_bytes: int = 2**26) -> float:
+  """The largest Euclidean distance between two of the images (N, ...), in grey levels.
 
-  All pairs, in blocks of `block_bytes` against blocks on the devices.
+  It compares all pairs on the devices, blocks of `block_bytes` (as float32) with blocks.
   """
   pixels = images.reshape(len(images), -1)
   size = max(1, min(len(pixels), block_bytes // (4 * pixels.shape[1])))
 
   @jax.jit
-  def farthest(x, y):
+  def farthest(x: _Rows, y: _Rows) -> tuple[Scalar, Count]:
     x, y = (a.astype(jnp.float32) - 127.5 for a in (x, y))
     product = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
     squares = (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * product
     i = jnp.argmax(squares)
     return squares.reshape(-1)[i], i
 
-  def block(start):
+  def block(start: int) -> _Rows:
     rows = pixels[start : start + size]
-    return np.concatenate([rows, rows[:1].repeat(size - len(rows), 0)])  # one shape for all
+    return np.concatenate([rows, rows[:1].repeat(size - len(rows), 0)])  # all blocks have one shape
 
   starts = range(0, len(pixels), size)
   best, pair = -1.0, (0, 0)

@@ -1,4 +1,4 @@
-"""--mode=train: trains a score network, or resumes its training."""
+"""`--mode=train`: trains a score network, or resumes its training."""
 
 import pathlib
 from collections.abc import Callable
@@ -15,15 +15,23 @@ import sampling
 import sde_lib
 import train_state
 from losses import StepFn
-from modes.training_loop import Run, compile_steps, open_run, restore_or_init, train_loop
+from modes.training_loop import (
+  Run,
+  TrainStep,
+  compile_steps,
+  open_run,
+  restore_or_init,
+  train_loop,
+)
 from runtime import parallelism, reporting
+from runtime.array_types import GreyLevels, RandomKey, Scalar
 from runtime.rng import stream
 from runtime.workdir import at_work, check_run, log_start, record
 from train_state import State
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """See `run_lib.train`; `config` is complete."""
+  """See `run_lib.train`; `config` comes from `preparation.prepare`."""
   check_run(config, workdir)
   data, training = config.data, config.training
   train_ds, eval_ds, _ = datasets.get_dataset(config, data.uniform_dequantization)
@@ -56,22 +64,32 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
       state = restore_or_init(run.directories, like, init)
       batches = (batch['image'] for batch in train_ds.iterate(int(state.step)))
       at_snapshot = draw if training.snapshot_sampling else lambda state, metrics: True
-      train_loop(training, run, state, batches, train_step, evaluate, at_snapshot)
+      train_loop(
+        training,
+        run,
+        state,
+        batches=batches,
+        train_step=train_step,
+        evaluate=evaluate,
+        at_snapshot=at_snapshot,
+      )
 
 
 def compile_train_step(
-  step_fn: StepFn, preprocess: datasets.Preprocess, rng: jax.Array, fused: bool | None = None
-) -> Callable[[State, list[np.ndarray]], tuple[State, jax.Array]]:
-  """The function `(state, n uint8 batches) -> (state, n losses)`; it consumes the state.
+  step_fn: StepFn, preprocess: datasets.Preprocess, rng: RandomKey, *, fused: bool | None = None
+) -> TrainStep:
+  """Compiles a training step `(state, batches) -> (state, losses (n,))`, which consumes the state.
+
+  It takes a list of n batches of grey levels (B, H, W, C), each of which gives one optimizer step.
 
   Args:
-    step_fn: what `losses.get_step_fn` returns, to train.
+    step_fn: the result of `losses.get_step_fn` with `train=True`.
     preprocess: see `datasets.get_preprocess_fn`.
-    rng: root key of all steps.
-    fused: see `compile_steps`.
+    rng: the root key of all steps.
+    fused: see `training_loop.compile_steps`.
   """
 
-  def one_step(state: State, images: jax.Array) -> tuple[State, jax.Array]:
+  def one_step(state: State, images: GreyLevels) -> tuple[State, Scalar]:
     data_rng, step_rng = jax.random.split(jax.random.fold_in(rng, state.step))
     batch = {'image': preprocess(data_rng, images)}
     (_, state), loss = step_fn((step_rng, state), batch)
@@ -81,15 +99,18 @@ def compile_train_step(
 
 
 def compile_eval_step(
-  step_fn: StepFn, preprocess: datasets.Preprocess, rng: jax.Array
-) -> Callable[[State, jax.Array], jax.Array]:
-  """The function `(state, global uint8 batch) -> loss` of the EMA parameters.
+  step_fn: StepFn, preprocess: datasets.Preprocess, rng: RandomKey
+) -> Callable[[State, GreyLevels], Scalar]:
+  """Compiles `(state, global batch of grey levels (B, H, W, C)) -> loss` of the EMA parameters.
 
-  The arguments are those of `compile_train_step`, with a `step_fn` to evaluate.
+  Args:
+    step_fn: the result of `losses.get_step_fn` with `train=False`.
+    preprocess: see `datasets.get_preprocess_fn`.
+    rng: the root key of all steps.
   """
 
   @jax.jit
-  def compiled(state: State, images: jax.Array) -> jax.Array:
+  def compiled(state: State, images: GreyLevels) -> Scalar:
     data_rng, step_rng = jax.random.split(jax.random.fold_in(rng, state.step))
     batch = {'image': preprocess(data_rng, parallelism.shard_batch(images))}
     _, loss = step_fn((step_rng, state), batch)
@@ -99,28 +120,28 @@ def compile_eval_step(
 
 
 class _Interrupted(Exception):
-  """Sampling was asked to stop."""
+  """A signal asked the run to stop while samples were being drawn."""
 
 
 class SnapshotSampler:
-  """Draws a batch from the EMA parameters and writes it to `samples/iter_<step>_host_0`.
+  """Draws a batch with the EMA parameters and writes it to `samples/iter_<step>_host_0`.
 
-  The random numbers depend on the root key and the step only. A signal stops it between two steps
-  of the sampler.
+  The random numbers depend only on the root key and the step. A signal stops the drawing between
+  two steps of the sampler.
 
   Args:
     sampling_fn: draws a batch.
-    rng: root key of all snapshots.
-    run: the directory, and whether to stop.
+    rng: the root key of all snapshots.
+    run: the run, which has the directory and knows of signals.
   """
 
-  def __init__(self, sampling_fn: sampling.SamplingFn, rng: jax.Array, run: Run):
+  def __init__(self, sampling_fn: sampling.SamplingFn, rng: RandomKey, run: Run):
     self._sampling_fn = sampling_fn
     self._rng = rng
     self._run = run
 
   def __call__(self, state: State, metrics: reporting.MetricWriter) -> bool:
-    """Returns whether the samples are there; if not, the run was asked to stop."""
+    """Draws the samples of `state` unless they exist; returns False if the run must stop."""
     step = int(state.step)
     directory = self._run.workdir / 'samples' / f'iter_{step}_host_0'
     if (directory / 'sample.png').exists():

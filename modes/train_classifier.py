@@ -1,9 +1,14 @@
-"""--mode=train_classifier: trains the noise-conditional classifier of `models.classifier`."""
+"""`--mode=train_classifier`: trains the noise-conditional classifier of `models.classifier`.
+
+It minimizes the cross entropy of p(y | image + sigma z) at random noise levels sigma, uniform in
+the logarithm between `classifier.sigma_min` and `classifier.sigma_max`, in units of images of range
+[0, 1].
+"""
 
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +23,7 @@ import train_state
 from models.classifier import CLASSIFIERS, create_classifier, write_classifier_file
 from modes.training_loop import compile_steps, open_run, restore_or_init, train_loop
 from runtime import parallelism, reporting
+from runtime.array_types import Count, Labels, RandomKey, Scalar
 from runtime.errors import UserError
 from runtime.rng import stream
 from runtime.workdir import FREE, at_work, check_run, log_start, record
@@ -25,12 +31,13 @@ from sde_lib import batch_mul
 from train_state import State
 
 PyTree = Any
+LossFn = Callable[[PyTree, RandomKey, PyTree], tuple[Scalar, Scalar]]
 
 FILE = 'classifier.safetensors'
-# Test accuracy is reported at these noise levels, as far as they are in the trained range.
+# Test accuracy is reported at those of these noise levels that are within the trained range.
 TEST_SIGMAS = (0.0, 0.1, 0.3, 1.0, 3.0)
 
-# What may change when the training of a classifier resumes.
+# Fields that may change when the training of a classifier resumes.
 _FREE = (
   *(name for name in FREE if name != 'classifier.'),
   'training.sde',
@@ -42,8 +49,16 @@ _FREE = (
 )
 
 
+@runtime_checkable
+class Network(Protocol):
+  """A classifier, of which only `apply` is used: a Flax module."""
+
+  def apply(self, variables: PyTree, *args: Any, **kwargs: Any) -> jax.Array:
+    """Logits (B, num_classes) of images (B, H, W, C) with noise levels (B,)."""
+
+
 def train_classifier(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """See `run_lib.train_classifier`; `config` is complete."""
+  """See `run_lib.train_classifier`; `config` comes from `preparation.prepare`."""
   config = _own_config(config)
   guarded = lambda name: not name.startswith(_FREE)
   check_run(_recorded(config), workdir, guarded)
@@ -69,20 +84,33 @@ def train_classifier(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     batches = map(functools.partial(_checked, config), train_ds.iterate(int(state.step)))
     state = train_loop(
-      config.training, run, state, batches, train_step, evaluate, lambda state, metrics: True
+      config.training,
+      run,
+      state,
+      batches=batches,
+      train_step=train_step,
+      evaluate=evaluate,
+      at_snapshot=lambda state, metrics: True,
     )
     if state is not None:
-      accuracy = _test_accuracy(config, module, state.params_ema, eval_ds)
+      accuracy = _test_accuracy(config, module, state.params_ema, dataset=eval_ds)
       logging.info('Accuracy on the test split by noise level: %s', accuracy)
       if jax.process_index() == 0:
-        save_classifier(workdir / FILE, config, state, accuracy)
+        save_classifier(workdir / FILE, config, state, accuracy=accuracy)
       logging.info('Written: %s', workdir / FILE)
 
 
 def save_classifier(
-  path: pathlib.Path, config: ConfigDict, state: State, accuracy: dict[str, float]
+  path: pathlib.Path, config: ConfigDict, state: State, *, accuracy: dict[str, float]
 ) -> None:
-  """Writes the EMA parameters and what `load_classifier` and a reader need to know of them."""
+  """Writes the EMA parameters, and the metadata that `load_classifier` and readers need.
+
+  Args:
+    path: the file to write.
+    config: the configuration of the training.
+    state: its last state.
+    accuracy: the share of test images that are classified correctly, by noise level.
+  """
   section = config.classifier
   info = {
     'name': section.name,
@@ -99,9 +127,10 @@ def save_classifier(
 
 
 def _own_config(config: ConfigDict) -> ConfigDict:
-  """The configuration with `classifier` put in place of what it has in common with a score model.
+  """The configuration with the fields of `classifier` copied to `training`, `optim` and `model`.
 
-  So the data pipeline, the optimizer and the loop of score models serve the classifier.
+  With it, the data pipeline, the optimizer and the training loop of score networks serve the
+  classifier.
   """
   config, section = config.copy_and_resolve_references(), config.classifier
   config.training.n_iters = section.n_iters
@@ -112,7 +141,7 @@ def _own_config(config: ConfigDict) -> ConfigDict:
   config.optim.weight_decay = section.weight_decay
   config.model.name = section.name
   config.model.ema_rate = section.ema_rate
-  config.data.centered = False  # it sees images of the range [0, 1], whatever the SDE
+  config.data.centered = False  # the classifier sees images of range [0, 1] under every SDE
   return config
 
 
@@ -143,23 +172,24 @@ def _init_state(config: ConfigDict) -> State:
   return train_state.first_state(config, {}, params)
 
 
-def _key(config: ConfigDict, name: str, step: jax.Array | int = 0) -> jax.Array:
+def _key(config: ConfigDict, name: str, step: Count = 0) -> RandomKey:
   return jax.random.fold_in(stream(config.seed, f'classifier_{name}'), step)
 
 
-def _check_labels(labels: np.ndarray, config: ConfigDict) -> None:
-  """Refuses labels that are out of range, or of an unlabelled data set (all zero)."""
+def _check_labels(labels: Labels, config: ConfigDict) -> None:
+  """Refuses labels that are out of range, or all zero as in a data set without labels."""
   classes = config.classifier.num_classes
   if labels.min() < 0 or labels.max() >= classes:
     wrong = labels[(labels < 0) | (labels >= classes)][0]
     raise UserError(
       f'The data set {config.data.dataset} has the label {wrong}, but '
-      f'classifier.num_classes={classes}: labels must be 0 to num_classes - 1.'
+      f'classifier.num_classes={classes} allows 0 to {classes - 1}: set it to the number of '
+      f'classes.'
     )
   if len(labels) > 1 and not labels.any():
     raise UserError(
       f'All labels in the first batch of {config.data.dataset} are 0: '
-      f'a classifier needs a data set with labels, such as MNIST5K or CIFAR10.'
+      f'set data.dataset to one with labels, such as MNIST5K or CIFAR10.'
     )
 
 
@@ -169,11 +199,11 @@ def _checked(config: ConfigDict, batch: datasets.Example) -> datasets.Example:
   return {'image': batch['image'], 'label': batch['label']}
 
 
-def _loss_fn(config: ConfigDict, module: Any, preprocess: datasets.Preprocess) -> Callable:
+def _loss_fn(config: ConfigDict, module: Network, preprocess: datasets.Preprocess) -> LossFn:
   """The function `(params, rng, batch) -> (cross entropy, accuracy)` at random noise levels."""
   lowest, highest = np.log([config.classifier.sigma_min, config.classifier.sigma_max])
 
-  def loss_fn(params: PyTree, rng: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+  def loss_fn(params: PyTree, rng: RandomKey, batch: PyTree) -> tuple[Scalar, Scalar]:
     data_rng, sigma_rng, noise_rng = jax.random.split(rng, 3)
     images, labels = preprocess(data_rng, batch['image']), batch['label']
     sigmas = jnp.exp(jax.random.uniform(sigma_rng, labels.shape, minval=lowest, maxval=highest))
@@ -185,12 +215,14 @@ def _loss_fn(config: ConfigDict, module: Any, preprocess: datasets.Preprocess) -
   return loss_fn
 
 
-def _train_step(config: ConfigDict, module: Any, preprocess: datasets.Preprocess) -> Callable:
-  """One optimizer step, `(state, batch) -> (state, loss)`."""
+def _train_step(
+  config: ConfigDict, module: Network, preprocess: datasets.Preprocess
+) -> Callable[[State, PyTree], tuple[State, Scalar]]:
+  """The function of one optimizer step, `(state, batch) -> (state, loss)`."""
   grad_fn = jax.value_and_grad(_loss_fn(config, module, preprocess), has_aux=True)
   optimize_fn = train_state.optimization_manager(config)
 
-  def step(state: State, batch: Any) -> tuple[State, jax.Array]:
+  def step(state: State, batch: PyTree) -> tuple[State, Scalar]:
     (loss, _), grad = grad_fn(state.params, _key(config, 'train', state.step), batch)
     return optimize_fn(state, grad), loss
 
@@ -198,14 +230,14 @@ def _train_step(config: ConfigDict, module: Any, preprocess: datasets.Preprocess
 
 
 def _test_accuracy(
-  config: ConfigDict, module: Any, params: PyTree, dataset: datasets.Dataset
+  config: ConfigDict, module: Network, params: PyTree, *, dataset: datasets.Dataset
 ) -> dict[str, float]:
-  """The share of the test split that is classified rightly, by noise level."""
+  """The share of test images that are classified correctly, by noise level."""
   section = config.classifier
   source, size = dataset.source, dataset.batch_size
 
   @jax.jit
-  def correct(params: PyTree, rng: jax.Array, sigma: jax.Array, batch: Any) -> jax.Array:
+  def correct(params: PyTree, rng: RandomKey, sigma: Scalar, batch: PyTree) -> Count:
     data_rng, noise_rng = jax.random.split(rng)
     images = dataset.preprocess(data_rng, parallelism.shard_batch(batch['image']))
     images += sigma * jax.random.normal(noise_rng, images.shape)
@@ -218,7 +250,7 @@ def _test_accuracy(
   for start in tqdm.trange(0, len(source), size, unit='batch', disable=None):
     examples = [source[i] for i in range(start, min(start + size, len(source)))]
     batch = {key: np.stack([example[key] for example in examples]) for key in ('image', 'label')}
-    # Whole in every process: the last batch may be one that devices cannot share equally.
+    # Every device gets the whole batch: the last one may be too small to share evenly.
     batch = parallelism.replicate(batch)
     rng = _key(config, 'test', start)
     for sigma in sigmas:

@@ -10,12 +10,18 @@ import jax
 import numpy as np
 import tqdm
 from absl import logging
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from runtime import checkpoints, parallelism, reporting
+from runtime.array_types import Array, Scalar
 from runtime.checkpoints import CheckpointDirectory
 from runtime.preemption import Preemption
 from train_state import State
+
+PyTree = Any
+Losses = Float[Array, 'n']
+TrainStep = Callable[[State, list[PyTree]], tuple[State, Losses]]
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -24,13 +30,13 @@ class NonFiniteLoss(FloatingPointError):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A working directory in which a training is going on.
+  """A training in progress.
 
   Attributes:
-    workdir: the directory.
-    snapshots: the checkpoints that are kept.
-    latest: the latest states, from which the run continues.
-    preemption: says when to stop.
+    workdir: its directory.
+    snapshots: the checkpoints that are all kept.
+    latest: the two latest states, from which the run resumes.
+    preemption: tells when a signal asks the run to stop.
   """
 
   workdir: pathlib.Path
@@ -40,12 +46,13 @@ class Run:
 
   @property
   def directories(self) -> list[CheckpointDirectory]:
+    """Both checkpoint directories, the latest states first."""
     return [self.latest, self.snapshots]
 
 
 @contextlib.contextmanager
 def open_run(workdir: pathlib.Path) -> Iterator[Run]:
-  """Opens the checkpoint directories of a run and takes its signals; waits for the last save."""
+  """Opens the checkpoint directories of a run and handles its signals; waits for the last save."""
   with (
     CheckpointDirectory(workdir / checkpoints.DIRECTORIES[0]) as snapshots,
     CheckpointDirectory(workdir / checkpoints.DIRECTORIES[1], keep=2) as latest,
@@ -58,28 +65,31 @@ def train_loop(
   training: ConfigDict,
   run: Run,
   state: State,
-  batches: Iterator[Any],
-  train_step: Callable[[State, list[Any]], tuple[State, jax.Array]],
+  *,
+  batches: Iterator[PyTree],
+  train_step: TrainStep,
   evaluate: Callable[[State, int, reporting.MetricWriter], None],
   at_snapshot: Callable[[State, reporting.MetricWriter], bool],
 ) -> State | None:
-  """Steps from `state` to the last, with metrics, checkpoints and stopping.
+  """Trains from `state` to the last step, with metrics, checkpoints and stopping.
 
   Args:
     training: `n_iters`, `n_jitted_steps` and the four frequencies.
-    run: where everything goes.
+    run: the run.
     state: the state to start from.
-    batches: one per step, from that of `state` on.
-    train_step: `(state, n batches) -> (state, n losses)`; it consumes the state.
-    evaluate: called every `eval_freq` steps.
-    at_snapshot: called after every kept checkpoint, and again when a run continues from one;
-      returns False if it was asked to stop.
+    batches: one for each step, beginning with the step of `state`.
+    train_step: `(state, n batches) -> (state, losses (n,))`; it consumes the state.
+    evaluate: called as `evaluate(state, step, metrics)` every `eval_freq` steps.
+    at_snapshot: called after every kept checkpoint, and again when a run resumes from one; it
+      returns False if a signal asked it to stop.
 
   Returns:
     The last state; None if a signal stopped the run before.
 
   Raises:
     NonFiniteLoss: the loss is NaN or infinite.
+    NonFiniteState: a parameter to be saved is NaN or infinite.
+    UnsavedCheckpoint: a checkpoint could not be written.
   """
   step = int(state.step)
   last = training.n_iters - training.n_iters % training.n_jitted_steps
@@ -127,7 +137,17 @@ def _is_snapshot(step: int, last: int, frequency: int) -> bool:
 def restore_or_init(
   directories: list[CheckpointDirectory], like: State, init: Callable[[], State]
 ) -> State:
-  """The newest saved state, shaped as `like`, or else that of `init`, on all devices."""
+  """The newest saved state, or the result of `init` if none is saved, on all devices.
+
+  Args:
+    directories: where states are saved.
+    like: the state with shapes in place of arrays.
+    init: draws the state that a training starts from.
+
+  Raises:
+    DamagedCheckpoint: if all saved states are damaged.
+    MisfitCheckpoint: if a saved state is not shaped as `like`.
+  """
   state = checkpoints.resume(directories, like)
   if state is None:
     state = parallelism.replicate(init())
@@ -136,8 +156,8 @@ def restore_or_init(
   return state
 
 
-def _check_finite(chunks: list[jax.Array], step: int, run: Run) -> float:
-  """The last of the losses up to `step`.
+def _check_finite(chunks: list[Losses], step: int, run: Run) -> float:
+  """The last of the losses of the steps up to `step`.
 
   Raises:
     NonFiniteLoss: if any of them is NaN or infinite.
@@ -148,24 +168,23 @@ def _check_finite(chunks: list[jax.Array], step: int, run: Run) -> float:
     saved = any(directory.numbers() for directory in run.directories)
     raise NonFiniteLoss(
       f'training_loss is {values[bad[0]]} at step {step - len(values) + 1 + bad[0]}'
-      f'{"; the checkpoints hold earlier steps" if saved else ""}. Start again in a new --workdir '
-      f'with a lower optim.lr, a longer optim.warmup or a smaller optim.grad_clip, or check '
-      f'the data.'
+      f'{"; the checkpoints hold earlier steps" if saved else ""}: train in a new --workdir with a '
+      f'lower optim.lr, a longer optim.warmup or a smaller optim.grad_clip, or check the data.'
     )
   return float(values[-1])
 
 
 def compile_steps(
-  one_step: Callable[[State, Any], tuple[State, jax.Array]], fused: bool | None = None
-) -> Callable[[State, list[Any]], tuple[State, jax.Array]]:
-  """The function `(state, n batches) -> (state, n losses)`; it consumes the state.
+  one_step: Callable[[State, PyTree], tuple[State, Scalar]], fused: bool | None = None
+) -> TrainStep:
+  """Compiles `(state, n batches) -> (state, losses (n,))`, which consumes the state.
 
   On accelerators the n steps are one compiled loop. On CPU, where a call costs nothing and XLA
   slows convolutions in loops down, they are n calls of the same compiled step.
 
   Args:
     one_step: `(state, global batch) -> (state, loss)`.
-    fused: overrides the choice.
+    fused: whether to compile a loop; None decides by the kind of device.
   """
   whole = parallelism.replicated()
   if fused is None:
@@ -187,11 +206,11 @@ def compile_steps(
     out_shardings=whole,
   )
 
-  def steps(state: State, group: list[Any]) -> tuple[State, np.ndarray]:
+  def steps(state: State, group: list[PyTree]) -> tuple[State, Losses]:
     step_losses = []
     for batch in group:
       state, loss = compiled(state, parallelism.global_batch(batch))
-      # Waits: several calls in flight may deadlock, each with a share of XLA's threads.
+      # This waits: several calls in flight may deadlock, each with a share of XLA's threads.
       step_losses.append(np.asarray(loss))
     return state, np.asarray(step_losses)
 

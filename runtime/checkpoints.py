@@ -1,10 +1,10 @@
-"""Saving and restoring trees of arrays: Orbax, plus checksums and a fall-back.
+"""Saving and restoring trees of arrays with Orbax, plus checksums and a fallback.
 
 A checkpoint is complete or absent (Orbax writes to a temporary name and renames). Orbax does not
 notice a flipped bit in an array, so the CRC-32 of every array is stored beside it and verified.
 
 Reading never writes: only the training of a run renames its damaged checkpoints. Every process
-reads for itself and all of them agree on what is taken.
+reads for itself, and all processes agree on the checkpoint that they restore.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class DamagedCheckpoint(UserError):
 
 
 class MisfitCheckpoint(UserError):
-  """A checkpoint of another network or optimizer than the configuration describes."""
+  """A checkpoint whose network or optimizer is not the one that the configuration describes."""
 
 
 class UnsavedCheckpoint(UserError):
@@ -51,28 +51,29 @@ class NonFiniteState(FloatingPointError):
 
 
 class CheckpointReader:
-  """A directory of numbered checkpoints, `checkpoint_0`, `checkpoint_1`, ..., to read.
+  """Reads a directory of numbered checkpoints, `checkpoint_0`, `checkpoint_1`, ...
 
   Args:
-    directory: need not exist.
+    directory: the directory, which need not exist.
   """
 
   def __init__(self, directory: pathlib.Path):
     self.directory = pathlib.Path(directory).resolve()
 
   def path(self, number: int) -> pathlib.Path:
+    """The path of checkpoint `number`, whether or not it exists."""
     return self.directory / f'{PREFIX}_{number}'
 
   def numbers(self) -> list[int]:
-    """Numbers of the complete checkpoints, increasing."""
+    """The numbers of the complete checkpoints, in increasing order."""
     found = self.directory.glob(f'{PREFIX}_*')
     numbers = (path.name.removeprefix(f'{PREFIX}_') for path in found)
     return sorted(int(number) for number in numbers if number.isdecimal())
 
   def wait_for(self, number: int, seconds: float) -> bool:
-    """Whether checkpoint `number` is there, now or within `seconds`.
+    """Whether checkpoint `number` exists now or appears within `seconds`.
 
-    A file system shared over a network does not tell of new files, so this looks each second.
+    A network file system does not announce new files, so this polls once a second.
     """
     deadline = time.monotonic() + seconds
     while number not in self.numbers() and time.monotonic() < deadline:
@@ -83,29 +84,30 @@ class CheckpointReader:
     """The training step of checkpoint `number`.
 
     Raises:
-      DamagedCheckpoint: if that cannot be read.
+      DamagedCheckpoint: if the metadata of the checkpoint cannot be read.
     """
     return self._metadata(number)['step']
 
   def identity(self, number: int) -> str:
-    """A checksum over the step and all arrays of checkpoint `number`.
+    """A checksum over the step and all arrays of checkpoint `number`, in hexadecimal.
 
     Raises:
-      DamagedCheckpoint: if that cannot be read.
+      DamagedCheckpoint: if the metadata of the checkpoint cannot be read.
     """
     metadata = json.dumps(self._metadata(number), sort_keys=True)
     return f'{zlib.crc32(metadata.encode()):08x}'
 
   def restore(self, number: int, like: PyTree) -> PyTree:
-    """Checkpoint `number` as a tree shaped as `like` (arrays or shapes), on all devices.
+    """Restores checkpoint `number`, replicated on all devices.
 
     Args:
-      number: of the checkpoint.
-      like: what is None in it is not read.
+      number: the number of the checkpoint.
+      like: a tree of arrays, or of their shapes, with the structure of the result; a field that is
+        None is not read.
 
     Raises:
-      DamagedCheckpoint: if it cannot be read, or a checksum is wrong.
-      MisfitCheckpoint: if its arrays have other names, shapes or types.
+      DamagedCheckpoint: if the checkpoint cannot be read, or a checksum is wrong.
+      MisfitCheckpoint: if its arrays have other names, shapes or types than those of `like`.
     """
     tree = flax.serialization.to_state_dict(like)
     tree = {key: value for key, value in tree.items() if value is not None}
@@ -120,8 +122,8 @@ class CheckpointReader:
     for path, array in arrays.items():
       if _checksum(array) != checksums[path]:
         raise DamagedCheckpoint(
-          f'{self.path(number)} is damaged: it has a wrong checksum for {path}; take another one, '
-          f'or restore it from a copy.'
+          f'{self.path(number)} is damaged: the checksum of {path} is wrong; use another '
+          f'checkpoint, or restore this one from a copy.'
         )
     flat = flax.traverse_util.flatten_dict(tree, sep='/', keep_empty_nodes=True)
     restored = flax.traverse_util.unflatten_dict(flat | parallelism.replicate(arrays), sep='/')
@@ -129,7 +131,7 @@ class CheckpointReader:
     return flax.serialization.from_state_dict(like, restored | absent)
 
   def _check_fit(self, number: int, problems: Mapping[str, Iterable[str]]) -> None:
-    # The optimizer's moments are as the parameters: no need to name them as well.
+    # The optimizer's moments have the shapes of the parameters: naming both would say it twice.
     parameters = lambda names: [name for name in names if name.startswith('params')]
     found = [
       f'{kind}: {enumerate_names(parameters(names) or names)}'
@@ -140,12 +142,12 @@ class CheckpointReader:
       double = jax.config.jax_enable_x64 or 'float64' in ' '.join(found)
       hint = ', and JAX_ENABLE_X64 as it was then' if double else ''
       raise MisfitCheckpoint(
-        f'{self.path(number)} does not fit the configuration ({"; ".join(found)}): it is whole, '
-        f'so use the configuration of its run, which is in config.json beside it{hint}.'
+        f'{self.path(number)} is intact but does not fit the configuration ({"; ".join(found)}): '
+        f'use the configuration of its run, which config.json in the same --workdir holds{hint}.'
       )
 
   def _read(self, number: int, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The wanted arrays, as they were saved, read by this process alone."""
+    """Reads the wanted arrays as they were saved, by this process alone."""
     alone = ocp.options.MultiprocessingOptions(
       primary_host=jax.process_index(),
       active_processes={jax.process_index()},
@@ -172,20 +174,20 @@ class CheckpointReader:
 
   def _damaged(self, number: int, error: Exception) -> DamagedCheckpoint:
     return DamagedCheckpoint(
-      f'{self.path(number)} is damaged and cannot be read ({_first_line(error)}): take another '
-      f'one, or restore it from a copy.'
+      f'{self.path(number)} is damaged and cannot be read ({_first_line(error)}): use another '
+      f'checkpoint, or restore this one from a copy.'
     )
 
 
 class CheckpointDirectory(CheckpointReader):
-  """The same, to save to.
+  """A directory of numbered checkpoints that can also be written.
 
-  Saving is asynchronous; an error in the background is raised by the next call. Use it as a context
-  manager, which waits for what is being written.
+  Saving is asynchronous: the next call raises an error that occurred in the background. Use it as a
+  context manager, whose exit waits for the writes in progress.
 
   Args:
-    directory: made if it does not exist.
-    keep: how many of the newest to keep; None keeps all.
+    directory: the directory, which is created if it does not exist.
+    keep: how many of the newest checkpoints to keep; None keeps all.
   """
 
   def __init__(self, directory: pathlib.Path, keep: int | None = None):
@@ -194,7 +196,8 @@ class CheckpointDirectory(CheckpointReader):
       step_prefix=PREFIX,
       max_to_keep=keep,
       create=True,
-      # Processes meet under a name; two directories that are saved at a time need two.
+      # Processes synchronize under a name: two directories that are written to at the same time
+      # need two names.
       multiprocessing_options=ocp.options.MultiprocessingOptions(
         barrier_sync_key_prefix=self.directory.name
       ),
@@ -204,38 +207,44 @@ class CheckpointDirectory(CheckpointReader):
   def __enter__(self) -> 'CheckpointDirectory':
     return self
 
-  def __exit__(self, *exc_info) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     with self._writing():
       self._manager.close()
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
-    """Turns what Orbax raises, of this save or of the one before, into a sentence."""
+    """Turns an error of Orbax, in this save or in the one before, into a sentence."""
     try:
       yield
     except Exception as error:  # Orbax raises many kinds
       raise UnsavedCheckpoint(
-        f'A checkpoint could not be written to {self.directory} ({_first_line(error)}): the ones '
-        f'before are whole; mend that and rerun the same command, which resumes from them.'
+        f'A checkpoint could not be written to {self.directory} ({_first_line(error)}): the '
+        f'earlier ones are intact; fix the cause and rerun the same command, which resumes from '
+        f'them.'
       ) from error
 
   def save(self, number: int, step: int, tree: PyTree) -> None:
-    """Begins to write `tree` as checkpoint `number`, replacing one of another step.
+    """Begins to write `tree` as checkpoint `number`.
+
+    A checkpoint of the same number is kept if it is of the same step, and replaced otherwise.
 
     Args:
-      number: of the checkpoint.
-      step: the training step that it is of.
-      tree: arrays, in anything that Flax can serialize.
+      number: the number of the checkpoint.
+      step: its training step.
+      tree: arrays, in any container that Flax can serialize.
 
     Raises:
-      NonFiniteState: if a parameter is NaN or infinite.
-      UnsavedCheckpoint: if this one or the one before could not be written.
+      NonFiniteState: if an array has a value that is NaN or infinite.
+      UnsavedCheckpoint: if this checkpoint or the one before could not be written.
     """
     tree = flax.serialization.to_state_dict(tree)
     leaves = {path: np.asarray(leaf) for path, leaf in _flatten(tree).items()}
     for path, leaf in leaves.items():
       if not np.isfinite(leaf).all():
-        raise NonFiniteState(f'state[{path!r}] is not finite at step {step}.')
+        raise NonFiniteState(
+          f'state[{path!r}] is not finite at step {step}: lower optim.lr or check the data, then '
+          f'train in a new --workdir.'
+        )
     metadata = {
       'step': step,
       'crc32': {path: _checksum(leaf) for path, leaf in leaves.items()},
@@ -252,33 +261,40 @@ class CheckpointDirectory(CheckpointReader):
       self._manager.save(number, args=args, force=True)
 
   def wait(self) -> None:
-    """Returns when everything is written."""
+    """Returns when all checkpoints are written.
+
+    Raises:
+      UnsavedCheckpoint: if one could not be written.
+    """
     with self._writing():
       self._manager.wait_until_finished()
 
   def set_aside(self, number: int) -> pathlib.Path:
-    """Renames a damaged checkpoint so that it is neither used nor lost; the first process does."""
+    """Renames a damaged checkpoint, so that it is neither used nor lost, and returns its new path.
+
+    All processes call this; the first one renames.
+    """
     target = self.directory / f'damaged-{PREFIX}_{number}'
     while target.exists():
       target = target.with_name(target.name + '-again')
     if jax.process_index() == 0:
       self.path(number).rename(target)
-    parallelism.from_first_process(0)  # nobody looks before it is done
+    parallelism.from_first_process(0)  # the others wait until the checkpoint is renamed
     self._manager.reload()
     return target
 
 
 def remove_unfinished(directory: pathlib.Path) -> None:
-  """Removes what saves left behind that were killed; nobody may be saving there."""
+  """Removes the partial files of saves that were killed; no other process may be saving there."""
   for path in directory.glob(f'{PREFIX}_*.orbax-checkpoint-tmp*'):
     shutil.rmtree(path, ignore_errors=True)
 
 
 def restore(directory: CheckpointReader, number: int, like: PyTree) -> PyTree:
-  """`directory.restore(number, like)`, which all processes do or none.
+  """`directory.restore(number, like)`, which succeeds in all processes or in none.
 
   Raises:
-    DamagedCheckpoint: if any process could not read it.
+    DamagedCheckpoint: if any process could not read the checkpoint.
     MisfitCheckpoint: as `CheckpointReader.restore`.
   """
   tree, error = None, None
@@ -288,26 +304,26 @@ def restore(directory: CheckpointReader, number: int, like: PyTree) -> PyTree:
     error = damage
   if parallelism.any_process(error is not None):
     raise error or DamagedCheckpoint(
-      f'{directory.path(number)} cannot be read by another process: take another one, or restore '
-      f'it from a copy.'
+      f'{directory.path(number)} cannot be read by another process: use another checkpoint, or '
+      f'restore this one from a copy.'
     )
   return tree
 
 
 def restore_newest(directories: list[CheckpointReader], like: PyTree) -> PyTree | None:
-  """The tree of the latest step in any of `directories`; None where there is no checkpoint.
+  """The tree of the latest step in any of `directories`; None if they hold no checkpoint.
 
-  A damaged checkpoint is reported and the one before it is taken; all processes take the same.
+  A damaged checkpoint is reported and the one before it is used, the same one in all processes.
 
   Raises:
-    DamagedCheckpoint: if there are checkpoints and all are damaged.
+    DamagedCheckpoint: if all checkpoints are damaged.
     MisfitCheckpoint: as `CheckpointReader.restore`.
   """
   return _restore_newest(directories, like, 'Taking')[0]
 
 
 def resume(directories: list[CheckpointDirectory], like: PyTree) -> PyTree | None:
-  """As `restore_newest`, for the training of the run: damaged checkpoints are set aside."""
+  """As `restore_newest`, but for the training of the run: it sets damaged checkpoints aside."""
   tree, damaged = _restore_newest(directories, like, 'Resuming from')
   for index, number in damaged:
     logging.warning('Kept for inspection: %s', directories[index].set_aside(number))
@@ -317,7 +333,7 @@ def resume(directories: list[CheckpointDirectory], like: PyTree) -> PyTree | Non
 def _restore_newest(
   directories: list[CheckpointReader], like: PyTree, purpose: str
 ) -> tuple[PyTree | None, list[tuple[int, int]]]:
-  """The tree, and the index of the directory and the number of those that are damaged."""
+  """The tree, and for each damaged checkpoint the index of its directory and its number."""
   damaged = []
   while (newest := _newest(directories, damaged)) is not None:
     index, number = newest
@@ -326,7 +342,7 @@ def _restore_newest(
       tree = restore(directory, number, like)
     except DamagedCheckpoint as error:
       damaged.append(newest)
-      # Beside a training that deletes old ones, it may be gone by now.
+      # A training that runs at the same time may have deleted this old checkpoint by now.
       if _exists(directories, newest):
         logging.warning('%s Trying the one before.', error)
       continue
@@ -349,7 +365,10 @@ def _exists(directories: list[CheckpointReader], entry: tuple[int, int]) -> bool
 def _newest(
   directories: list[CheckpointReader], damaged: list[tuple[int, int]]
 ) -> tuple[int, int] | None:
-  """The first process's checkpoint of the latest step; one without a readable step comes first."""
+  """The checkpoint of the latest step that the first process sees, as (directory index, number).
+
+  A checkpoint whose step cannot be read comes first: reading it reports the damage.
+  """
   steps = []
   for index, directory in enumerate(directories):
     for number in directory.numbers():

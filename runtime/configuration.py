@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from configs.defaults import get_default_configs
 from runtime.errors import UserError
 
-# Keys of the reference's configurations that nothing reads, and the one value that they may have:
-# any other would be ignored without a word.
+# Keys of the 2021 configurations that nothing reads, and the one value that each may have: any
+# other value would be ignored silently.
 LEGACY: dict[str, Callable[[Any], Any]] = {
   'model.attention_type': lambda config: 'ddpm',
   'model.conv_size': lambda config: 3,
@@ -23,14 +23,15 @@ LEGACY: dict[str, Callable[[Any], Any]] = {
 
 
 def complete(config: ConfigDict, extra: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
-  """The configuration with its absent keys filled in, and its keys and types checked.
+  """The configuration with absent keys set to their defaults and all keys and types checked.
 
   Args:
-    config: as a configuration file made it.
-    extra: keys beside the common ones, by section, each with an example of its value (None: any).
+    config: the result of a configuration file's `get_config()`.
+    extra: the keys that are allowed beside the common ones, by section, each with an example of its
+      value; None allows a value of any type.
 
   Raises:
-    UserError: one sentence on the first key or type that is wrong.
+    UserError: if a section or key is unknown, or a value has the wrong type.
   """
   filled = get_default_configs()
   with filled.unlocked():
@@ -38,7 +39,11 @@ def complete(config: ConfigDict, extra: Mapping[str, Mapping[str, Any]]) -> Conf
       if section not in filled:
         raise UserError(_unknown('section', section, filled.keys()))
       if isinstance(values, ConfigDict) != isinstance(filled[section], ConfigDict):
-        raise UserError(f'config.{section}={values!r} is not what belongs there.')
+        kinds = 'a section of keys', 'a single value'
+        is_section = isinstance(values, ConfigDict)
+        raise UserError(
+          f'config.{section}={values!r} is {kinds[not is_section]}: set it to {kinds[is_section]}.'
+        )
       if not isinstance(values, ConfigDict):
         _check_type(section, values, filled[section])
         filled[section] = values
@@ -54,14 +59,14 @@ def complete(config: ConfigDict, extra: Mapping[str, Mapping[str, Any]]) -> Conf
 
 
 def _without_legacy(config: ConfigDict) -> ConfigDict:
-  """The configuration without the keys of the reference that nothing reads.
+  """The configuration without the keys of the 2021 code that nothing reads.
 
   Raises:
-    UserError: if one has a value that would be ignored.
+    UserError: if such a key has a value that would be ignored.
   """
   config = config.copy_and_resolve_references()
   config.unlock()
-  if 'device' in config:  # JAX uses all devices that there are
+  if 'device' in config:  # JAX uses all devices
     del config['device']
   for name, meant in LEGACY.items():
     section, key = name.split('.')
@@ -71,13 +76,13 @@ def _without_legacy(config: ConfigDict) -> ConfigDict:
     del config[section][key]
     if value != meant(config):
       raise UserError(
-        f'config.{name}={value!r} is read by nothing, so it must be {meant(config)!r}, which is '
-        f'what happens: remove it or set it to that.'
+        f'config.{name}={value!r} is not supported, only {meant(config)!r} is: remove the key or '
+        f'set that value.'
       )
   return config
 
 
-def _unknown(what: str, name: str, known: Any) -> str:
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
   close = difflib.get_close_matches(name, known, n=1)
   hint = f' Did you mean {close[0]}?' if close else ''
   return f'Unknown {what} {name!r}: choose one of {", ".join(sorted(known))}.{hint}'
@@ -99,7 +104,7 @@ def _check_type(name: str, value: Any, example: Any) -> None:
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-  """Leaves by dotted name, as JSON stores them."""
+  """The values of a configuration by dotted name, such as 'optim.lr', as JSON stores them."""
   flat = {}
   for key, value in json.loads(json.dumps(plain(config))).items():
     if isinstance(value, dict):
@@ -110,7 +115,7 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-  """A configuration, or what has been read from `config.json`, as nested dictionaries."""
+  """A configuration, or the content of a `config.json`, as nested dictionaries."""
   return config.to_dict() if isinstance(config, ConfigDict) else config
 
 
@@ -119,17 +124,18 @@ def differences(
   new: Mapping[str, Any],
   guarded: Callable[[str], bool] = lambda name: True,
 ) -> str:
-  """The guarded settings that differ between two flat configurations, for a message.
+  """Lists the guarded settings that differ between two flat configurations, for a message.
 
-  What only one of them has is named if that is all: another method has other settings.
+  Settings that only one of the two has are listed only if no other differs: another sampler, say,
+  reads other settings, and its own name then tells more.
 
   Args:
-    old: as recorded.
-    new: as they are now.
-    guarded: whether a setting counts.
+    old: the recorded settings.
+    new: the settings of this run.
+    guarded: whether the setting of a name counts.
 
   Returns:
-    Each with both values; '' if none differs.
+    Each differing setting with both values; '' if none differs.
   """
   names = sorted(name for name in old.keys() | new.keys() if guarded(name))
   differing = [name for name in names if old.get(name) != new.get(name)]

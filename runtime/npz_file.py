@@ -1,4 +1,4 @@
-"""Reading .npz files that others made: what they claim is checked before memory is given for it."""
+"""Reads third-party .npz files, and checks the sizes that they claim before it allocates memory."""
 
 import math
 import pathlib
@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-_DEFLATE = 1032  # how many times smaller deflate makes a file at most
+_DEFLATE = 1032  # the largest compression ratio of deflate
 _NPY_HEADERS = {
   (1, 0): np.lib.format.read_array_header_1_0,
   (2, 0): np.lib.format.read_array_header_2_0,
 }
 
-# What zipfile, zlib and NumPy raise for a damaged .npz file, or one that is something else.
+# What zipfile, zlib and NumPy raise for a file that is damaged or not an .npz file.
 UNREADABLE = (
   OSError,
   ValueError,
@@ -33,14 +33,15 @@ UNREADABLE = (
 def load_arrays(
   path: pathlib.Path, wanted: Callable[[list[str]], list[str]]
 ) -> dict[str, np.ndarray]:
-  """Some of the arrays of a file; what else it has is not looked at.
+  """Reads the chosen arrays of a file and ignores its other content.
 
   Args:
-    path: of the file.
-    wanted: chooses among the names of its arrays; raises ValueError if they are not the right ones.
+    path: the file.
+    wanted: takes the names of all arrays in the file and returns those to read; it raises
+      ValueError if the names are not the expected ones.
 
   Raises:
-    ValueError, or another of `UNREADABLE`: if the file is damaged or something else.
+    ValueError, or another of `UNREADABLE`: if the file is damaged or not an .npz file.
   """
   with zipfile.ZipFile(path) as archive:
     names = wanted([name[:-4] for name in archive.namelist() if name.endswith('.npy')])
@@ -49,12 +50,12 @@ def load_arrays(
 
 
 def _load_array(archive: zipfile.ZipFile, name: str, longest: int) -> np.ndarray:
-  """One array; its length is checked first, or a header could ask for any amount of memory."""
+  """Reads one array, after a check of its length: a header can ask for any amount of memory."""
   entry = archive.getinfo(f'{name}.npy')
   with archive.open(entry) as file:
     read_header = _NPY_HEADERS.get(np.lib.format.read_magic(file))
     if read_header is None:
-      raise ValueError(f'{name} is of a newer format than that of numeric arrays')
+      raise ValueError(f'{name} has a newer .npy format than numeric arrays need')
     shape, _, dtype = read_header(file)
     if dtype.hasobject:
       raise ValueError(f'{name} holds Python objects')

@@ -1,19 +1,26 @@
-"""One program over all devices: a one-axis mesh over which batches are split.
+"""One program over all devices: a mesh with one axis, over which batches are split.
 
-Arrays are global. Parameters are replicated, the leading axis of a batch is split over `data`, and
-random numbers are drawn once for the global batch, so that results do not depend on the number of
-devices or processes.
+Arrays are global. Parameters are replicated, the leading axis of a batch is split over the mesh
+axis `data`, and random numbers are drawn once for the global batch, so that results do not depend
+on the number of devices or processes.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Shaped
+
+from runtime.array_types import Array
 
 PyTree = Any
+_AnyBatch = Shaped[Array, 'B *dims']
+_Global = Shaped[jax.Array, '*dims']
+_Host = Shaped[np.ndarray, '*dims']
 
 
 @functools.cache
@@ -23,23 +30,24 @@ def mesh() -> Mesh:
 
 
 def replicated() -> NamedSharding:
+  """The sharding of an array of which every device holds a whole copy."""
   return NamedSharding(mesh(), PartitionSpec())
 
 
 def batch_sharding(axis: int = 0) -> NamedSharding:
-  """Splits the axis numbered `axis` over the devices."""
+  """The sharding of an array whose axis number `axis` is split over the devices."""
   return NamedSharding(mesh(), PartitionSpec(*[None] * axis, 'data'))
 
 
-def shard_batch(x: jax.Array) -> jax.Array:
-  """Inside jit: asks that the leading axis be split; a size that does not divide stays whole."""
+def shard_batch(x: _AnyBatch) -> _AnyBatch:
+  """Inside jit: splits the leading axis over the devices, or leaves a length they cannot share."""
   if x.shape[0] % jax.device_count():
     return x
   return jax.lax.with_sharding_constraint(x, batch_sharding())
 
 
 def replicate(tree: PyTree) -> PyTree:
-  """Puts a tree that every process holds on every device."""
+  """Copies a tree of arrays that every process holds to every device."""
   return jax.tree.map(
     lambda x: jax.make_array_from_callback(np.shape(x), replicated(), lambda i: np.asarray(x)[i]),
     tree,
@@ -47,25 +55,25 @@ def replicate(tree: PyTree) -> PyTree:
 
 
 def split(batch: PyTree) -> PyTree:
-  """Puts a batch that every process holds on the devices, each with its rows."""
+  """Splits a batch that every process holds, arrays of shape (B, ...), over the devices."""
   return jax.tree.map(
     lambda x: jax.make_array_from_callback(np.shape(x), batch_sharding(), lambda i: x[i]), batch
   )
 
 
 def global_batch(local: PyTree, axis: int = 0) -> PyTree:
-  """Joins each process's part of a batch, split along `axis`, into global arrays."""
+  """Joins the parts of a batch that the processes hold, along `axis`, into global arrays."""
   sharding = batch_sharding(axis)
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
 
 
-def to_host(x: jax.Array) -> np.ndarray:
-  """A global array as NumPy, in every process."""
+def to_host(x: _Global) -> _Host:
+  """The whole of a global array as a NumPy array, in every process."""
   return np.asarray(_gather(x))
 
 
 @functools.cache
-def _replicator():
+def _replicator() -> Callable[[jax.Array], jax.Array]:
   return jax.jit(lambda x: x, out_shardings=replicated())
 
 
@@ -74,14 +82,14 @@ def _gather(x: jax.Array) -> jax.Array:
 
 
 def any_process(flag: bool) -> bool:
-  """Whether `flag` holds in any process; all of them must ask."""
+  """Whether `flag` holds in any process; all processes must call this."""
   if jax.process_count() == 1:
     return flag
   return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def from_first_process(value: int) -> int:
-  """The value that the first process has; all of them must ask."""
+  """The value that the first process passes; all processes must call this."""
   if jax.process_count() == 1:
     return value
   return int(multihost_utils.broadcast_one_to_all(np.asarray(value)))

@@ -10,7 +10,10 @@ from runtime import parallelism
 
 
 class Preemption:
-  """Turns SIGTERM and SIGINT into a request to save and stop; a second SIGINT stops at once."""
+  """Turns SIGTERM and SIGINT into a request to save and stop; a second SIGINT stops at once.
+
+  Use it as a context manager, which handles the signals until it exits.
+  """
 
   def __enter__(self) -> 'Preemption':
     self._signalled = False
@@ -27,7 +30,12 @@ class Preemption:
     self._signalled = True
 
   def requested(self, agreed: bool) -> bool:
-    """Whether to stop now. Several processes ask one another only where all are `agreed` to."""
+    """Whether the run should stop now.
+
+    Args:
+      agreed: whether all processes call this at the same step; a run of several processes stops
+        only then, and all of its processes together.
+    """
     if jax.process_count() == 1:
       return self._signalled
     return agreed and parallelism.any_process(self._signalled)

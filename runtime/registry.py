@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from runtime.errors import UserError
 
 _OF_FLAX = ('parent', 'name')  # fields that every Flax module has beside its own
@@ -17,7 +19,7 @@ class Registry:
 
   Args:
     kind: what the table holds, as it should read in an error ("predictor").
-    keys: what a configuration calls fields whose names differ there, by the names of the fields.
+    keys: configuration keys by the names of the fields, for fields whose key has another name.
   """
 
   def __init__(self, kind: str, keys: Mapping[str, str] | None = None):
@@ -28,18 +30,18 @@ class Registry:
   def register(self, cls: Any = None, *, name: str | None = None) -> Any:
     """Decorator, `@register` or `@register(name='...')`; the default name is the object's own.
 
-    Registering again under the same name what has the same qualified name replaces it: a notebook
+    An object with the same qualified name as the registered one replaces it, because a notebook
     cell or a configuration file may run twice.
 
     Raises:
-      ValueError: if something else has the name.
+      ValueError: if another object is registered under the name.
     """
     if cls is None:
       return lambda cls: self.register(cls, name=name)
     name = cls.__name__ if name is None else name
     taken, other = self._entries.get(name.lower(), (name, cls))
     if other is not cls and other.__qualname__ != cls.__qualname__:
-      raise ValueError(f'A {self.kind} named {taken!r} is already registered; choose another name.')
+      raise ValueError(f'A {self.kind} named {taken!r} is already registered: choose another name.')
     self._entries[name.lower()] = name, cls
     return cls
 
@@ -47,7 +49,7 @@ class Registry:
     """The object registered as `name`.
 
     Raises:
-      UserError: if nothing is; the message lists the names there are.
+      UserError: if no object has the name; the message lists the registered names.
     """
     if not isinstance(name, str) or name.lower() not in self._entries:
       raise UserError(
@@ -56,36 +58,36 @@ class Registry:
     return self._entries[name.lower()][1]
 
   def names(self) -> list[str]:
-    """All names, as they were registered and in that order."""
+    """All names, as they were registered and in the order of registration."""
     return [name for name, _ in self._entries.values()]
 
   def fields(self, name: str) -> dict[str, Any]:
     """The keys of a configuration that the object registered as `name` reads, with their defaults.
 
-    They are the fields of a dataclass, or the keyword-only parameters of a function or another
-    class. The default is None where there is none.
+    They are the fields of a dataclass, or the keyword-only parameters of a function or of another
+    class. A field without a default has None.
 
     Raises:
-      UserError: if nothing has the name.
+      UserError: if no object has the name.
     """
     return {
       self._keys.get(field, field): default for field, default in _fields(self.get(name)).items()
     }
 
   def all_fields(self) -> set[str]:
-    """The keys that any registered object reads."""
+    """The keys that at least one registered object reads."""
     return {field for name in self.names() for field in self.fields(name)}
 
-  def build(self, name: str, settings: Mapping[str, Any], *args: Any) -> Any:
-    """Calls the object registered as `name` with those of the settings that it has fields for.
+  def build(self, name: str, settings: ConfigDict | Mapping[str, Any], *args: Any) -> Any:
+    """Calls the object registered as `name` with those settings that are fields of it.
 
     Args:
-      name: of the object.
+      name: the name of the object.
       settings: values by key; a field whose key is absent keeps its default.
-      *args: positional arguments before them.
+      *args: positional arguments, which come before the settings.
 
     Raises:
-      UserError: if nothing has the name, or what the object itself raises.
+      UserError: if no object has the name, or the object itself raises it.
     """
     entry = self.get(name)
     values = {field: self._keys.get(field, field) for field in _fields(entry)}

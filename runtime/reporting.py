@@ -1,4 +1,4 @@
-"""What a run leaves for people: logs, metrics, sample grids. Only the first process writes."""
+"""What a run writes for its users: logs, metrics, sample grids. Only the first process writes."""
 
 import contextlib
 import io
@@ -17,16 +17,23 @@ import numpy as np
 import tensorboardX
 import tqdm
 from absl import logging
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from runtime import parallelism
+from runtime.array_types import Array, GreyLevels, Images
 from runtime.errors import UserError
+
+# What an .npz file can hold; NumPy makes an array of a single number or text.
+Storable = np.ndarray | np.generic | float | int | str
+_Floats = Float[Array, '*dims']
+_Levels = UInt8[np.ndarray, '*dims']
 
 MAX_GRID_PIXELS = 2**24
 
 
 def write_atomic(path: pathlib.Path, data: bytes) -> None:
-  """Writes a file that is complete or absent, whenever the process is killed."""
+  """Writes a file so that it is complete or absent, even if the process is killed meanwhile."""
   path.parent.mkdir(parents=True, exist_ok=True)
   descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}-')
   try:
@@ -42,7 +49,11 @@ def write_atomic(path: pathlib.Path, data: bytes) -> None:
 
 
 def check_writable(path: pathlib.Path, setting: str) -> None:
-  """Raises `UserError`, naming the `setting`, if no file can be written to the directory `path`."""
+  """Checks that files can be written to the directory `path`, which is created if absent.
+
+  Raises:
+    UserError: if they cannot; the message names the `setting` that chose the directory.
+  """
   try:
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
@@ -53,39 +64,49 @@ def check_writable(path: pathlib.Path, setting: str) -> None:
     ) from error
 
 
-def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
+def write_npz(path: pathlib.Path, **arrays: Storable) -> None:
+  """Writes a compressed .npz file with these arrays, complete or not at all."""
   buffer = io.BytesIO()
   np.savez_compressed(buffer, **arrays)
   write_atomic(path, buffer.getvalue())
 
 
-def check_finite(values: np.ndarray, what: str, step: int) -> None:
-  """Raises `FloatingPointError` for what would else spoil a mean or turn into grey levels."""
+def check_finite(values: _Floats, what: str, step: int) -> None:
+  """Checks numbers computed from the checkpoint of training step `step`.
+
+  Raises:
+    FloatingPointError: if any of the values is NaN or infinite: they would spoil a mean, or turn
+      into arbitrary grey levels.
+  """
   if not np.isfinite(values).all():
     raise FloatingPointError(
-      f'{what} of the checkpoint of step {step} are not finite: has its training diverged? Take an '
-      f'earlier one, or a method with more steps.'
+      f'{what} of the checkpoint of step {step} are not finite: has its training diverged? Use an '
+      f'earlier checkpoint, or a sampler with more steps.'
     )
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
-  """From [0, 1] to grey levels by truncation, as the published samples were made.
+def to_uint8(images: _Floats) -> _Levels:
+  """Images of range [0, 1] as grey levels, by truncation, as for the published samples.
 
-  What was a grey level before it was scaled is that again: rounding does not take it one below.
+  The small number added keeps a grey level that was divided by 255 the same: rounding errors do
+  not take it one level down.
   """
   return np.clip(np.asarray(images) * 255.0 + 1e-3, 0, 255).astype(np.uint8)
 
 
 def grid_capacity(image_shape: tuple[int, ...]) -> int:
-  """How many images (H, W, C) a grid shows, so that it stays a file that one can open."""
+  """How many images of shape (H, W, C) a grid may show and still be a file of ordinary size."""
   height, width = image_shape[:2]
   return max(1, MAX_GRID_PIXELS // (height * width))
 
 
-def image_grid(images: np.ndarray, columns: int | None = None, padding: int = 2) -> Image.Image:
-  """uint8 images (B, H, W, C) row by row in a grid, by default full and nearly square.
+def image_grid(images: GreyLevels, columns: int | None = None, padding: int = 2) -> Image.Image:
+  """Arranges grey levels (B, H, W, C) row by row in a grid.
 
-  Of more images than `grid_capacity`, the first ones.
+  Args:
+    images: the images; only the first `grid_capacity` of them are shown.
+    columns: images in a row; by default the grid is as close to a square as it can be full.
+    padding: pixels between images.
   """
   images = images[: grid_capacity(images.shape[1:])]
   count, height, width, channels = images.shape
@@ -100,21 +121,22 @@ def image_grid(images: np.ndarray, columns: int | None = None, padding: int = 2)
   return Image.fromarray(grid[..., 0] if channels == 1 else grid)
 
 
-def write_samples(directory: pathlib.Path, images: np.ndarray) -> None:
-  """Writes `sample.npz` (uint8, key `samples`) and, last, `sample.png`."""
+def write_samples(directory: pathlib.Path, images: Images) -> None:
+  """Writes images (B, H, W, C) of range [0, 1]: `sample.npz` (uint8), then `sample.png`."""
   images = to_uint8(images)
   write_npz(directory / 'sample.npz', samples=images)
   write_png(directory / 'sample.png', image_grid(images))
 
 
 def write_png(path: pathlib.Path, image: Image.Image) -> None:
+  """Writes a picture as PNG, complete or not at all."""
   buffer = io.BytesIO()
   image.save(buffer, 'png')
   write_atomic(path, buffer.getvalue())
 
 
 def write_gif(path: pathlib.Path, frames: list[Image.Image], seconds: float = 4.0) -> None:
-  """An animation of `seconds`, which rests on the last frame for two more."""
+  """Writes an animation that lasts `seconds` and then shows the last frame for two more."""
   buffer = io.BytesIO()
   each = max(20, int(1000 * seconds / len(frames)))  # ms; viewers do not go below 20
   durations = [each] * (len(frames) - 1) + [2000]
@@ -122,13 +144,13 @@ def write_gif(path: pathlib.Path, frames: list[Image.Image], seconds: float = 4.
   write_atomic(path, buffer.getvalue())
 
 
-def write_trajectory(directory: pathlib.Path, frames: list[np.ndarray], shown: int = 8) -> None:
+def write_trajectory(directory: pathlib.Path, frames: list[GreyLevels], shown: int = 8) -> None:
   """Writes `trajectory.gif`, all images over time, and `trajectory.png`, a row for each image.
 
   Args:
-    directory: to write to.
-    frames: uint8 batches (B, H, W, C), in order of time.
-    shown: rows of the still image, and at most 12 columns.
+    directory: where the files go.
+    frames: batches of grey levels (B, H, W, C), in the order of the sampler's steps.
+    shown: how many images, each a row of at most 12 frames, `trajectory.png` has.
   """
   chosen = np.linspace(0, len(frames) - 1, min(12, len(frames))).round().astype(int)
   strips = np.stack([frames[i][:shown] for i in chosen], axis=1)
@@ -138,9 +160,15 @@ def write_trajectory(directory: pathlib.Path, frames: list[np.ndarray], shown: i
 
 
 def write_comparison(directory: pathlib.Path, rounds: int, count: int) -> None:
-  """Writes `grid.png` of the first `count` images in `samples_<R>.npz`.
+  """Writes `grid.png` of the first `count` images in the files `samples_<R>.npz`.
 
-  Where something was given, what was given, the sample and the original stand side by side.
+  For tasks that use test images it shows the observed part, the sample and the original side by
+  side.
+
+  Args:
+    directory: where the files are.
+    rounds: the number of files.
+    count: the number of samples in all files.
   """
   arrays, shown = [], count
   for number in range(rounds):
@@ -159,27 +187,31 @@ def write_comparison(directory: pathlib.Path, rounds: int, count: int) -> None:
 
 
 class SamplingProgress:
-  """Watches a sampler: a bar over its network calls, and the trajectory if that is wanted.
+  """A callback for samplers: it advances a progress bar and may record the trajectory.
 
   Args:
-    bar: counts network calls.
-    nfe: of one run of the sampler, as far as that is known before.
-    frame_every: steps between two images that are kept; 0 keeps none.
+    bar: the progress bar, which counts NFE (function evaluations of the network).
+    nfe: the NFE of one run of the sampler, or an estimate where the sampler adapts its steps.
+    frame_every: steps between two recorded frames; 0 records none.
+
+  Attributes:
+    frames: the recorded batches of grey levels (B, H, W, C).
   """
 
   def __init__(self, bar: tqdm.tqdm, nfe: int, frame_every: int = 0):
     self._bar, self._nfe, self._every = bar, nfe, frame_every
     self._start = bar.n
-    self.frames: list[np.ndarray] = []
+    self.frames: list[GreyLevels] = []
 
-  def __call__(self, done: int, total: int, x: Callable[[], jax.Array]) -> None:
+  def __call__(self, done: int, total: int, x: Callable[[], Images]) -> None:
+    """Reports `done` of `total` steps; `x` returns the images x_t (B, H, W, C) in [0, 1]."""
     self._bar.update(self._start + self._nfe * done // total - self._bar.n)
     if self._every and (done % self._every == 0 or done == total):
       self.frames.append(to_uint8(parallelism.to_host(x())))
 
 
 def _step_of(line: str) -> int | None:
-  """The step of a line of `metrics.jsonl`; None if it is no such line."""
+  """The step that a line of `metrics.jsonl` belongs to; None if the line is damaged."""
   try:
     return int(json.loads(line)['step'])
   except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
@@ -187,10 +219,10 @@ def _step_of(line: str) -> int | None:
 
 
 class MetricWriter(contextlib.AbstractContextManager):
-  """Numbers over training steps: to the log, `metrics.jsonl` and TensorBoard.
+  """Writes numbers over training steps to the log, `metrics.jsonl` and TensorBoard.
 
   Args:
-    workdir: `metrics.jsonl` and `tensorboard/` go here.
+    workdir: the directory of `metrics.jsonl` and `tensorboard/`.
     start_step: entries of later steps, left by a run that was killed, are removed.
   """
 
@@ -208,12 +240,14 @@ class MetricWriter(contextlib.AbstractContextManager):
     if not self._path.exists():
       return []
     text = self._path.read_text(encoding='utf-8', errors='replace')
-    lines = [(line, _step_of(line)) for line in text.split('\n')[:-1]]  # the last may be half one
+    lines = [
+      (line, _step_of(line)) for line in text.split('\n')[:-1]
+    ]  # the last one may be cut off
     if garbage := [line for line, found in lines if found is None]:
       kept = self._path.with_name('metrics-damaged.jsonl')
       shutil.copyfile(self._path, kept)
       logging.warning(
-        '%s has %d lines that are no metrics, such as %.40r: they are left out, and kept in %s.',
+        '%s has %d lines that are no metrics, such as %.40r: they are dropped; %s has a copy.',
         self._path,
         len(garbage),
         garbage[0],
@@ -222,14 +256,15 @@ class MetricWriter(contextlib.AbstractContextManager):
     return [f'{line}\n' for line, found in lines if found is not None and found <= step]
 
   def scalar(self, name: str, value: float, step: int) -> None:
+    """Records `value` as the number `name` of training step `step`."""
     logging.info('step: %d, %s: %.5e', step, name, value)
     if self._active:
       self._file.write(json.dumps({'step': step, name: float(value)}) + '\n')
       self._file.flush()
       self._tensorboard.add_scalar(name, float(value), step)
 
-  def images(self, name: str, images: np.ndarray, step: int) -> None:
-    """A grid of images in [0, 1], for TensorBoard."""
+  def images(self, name: str, images: Images, step: int) -> None:
+    """Records a grid of images (B, H, W, C) of range [0, 1] in TensorBoard."""
     if self._active:
       grid = np.atleast_3d(np.asarray(image_grid(to_uint8(images))))
       self._tensorboard.add_image(name, grid, step, dataformats='HWC')
@@ -241,7 +276,7 @@ class MetricWriter(contextlib.AbstractContextManager):
 
 
 class _AboveProgressBar(io.TextIOBase):
-  """The standard error stream, written so that it does not break a progress bar."""
+  """Writes to standard error without breaking a progress bar."""
 
   def write(self, text: str) -> int:
     tqdm.tqdm.write(text, file=sys.stderr, end='')
@@ -249,17 +284,17 @@ class _AboveProgressBar(io.TextIOBase):
 
 
 def log_to_console() -> None:
-  """Shows warnings of all modules and the information of this project's."""
+  """Sends the warnings of all packages and the information of this project to standard error."""
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
   handler.python_handler.stream = _AboveProgressBar()
-  logging.set_stderrthreshold('fatal')  # or absl copies what the stream gets to standard error
+  logging.set_stderrthreshold('fatal')  # else absl writes every line to standard error again
   _set_up(handler)
   sys.unraisablehook = _quiet_after_failed_write
 
 
 class _LogFile(logging.logging.FileHandler):
-  """A log that a full disk ends with one sentence; the run itself decides whether it can go on."""
+  """A log file that a full disk ends with one sentence, while the run itself may proceed."""
 
   def handleError(self, record: Any) -> None:
     del record
@@ -268,14 +303,14 @@ class _LogFile(logging.logging.FileHandler):
 
 
 def _quiet_after_failed_write(unraisable: Any) -> None:
-  """The event loops of a checkpoint that cannot be written each end with a traceback: no news."""
+  """Drops the tracebacks of event loops that end with a failed save, which is reported itself."""
   if str(unraisable.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager
 def log_to_file(path: pathlib.Path) -> Iterator[None]:
-  """Appends the log to `path` as well, until the context ends."""
+  """Also appends the log to the file `path`, until the context ends."""
   if jax.process_index() != 0:
     yield
     return
@@ -291,7 +326,7 @@ def log_to_file(path: pathlib.Path) -> Iterator[None]:
 
 
 class _Formatter(logging.logging.Formatter):
-  """Gives of an exception, which only other packages log, its message."""
+  """Shows the message of an exception in place of its traceback; only other packages log one."""
 
   def formatException(self, ei: Any) -> str:
     return ''.join(traceback.format_exception_only(ei[1])).strip()

@@ -1,21 +1,20 @@
 """The random streams of a run, and random keys of both kinds.
 
 Every kind of random numbers has a stream of its own, a fold of the seed, and every draw from it is
-a fold of the step, the round or the image. So nothing about them has to be saved.
+a fold of the step, the round or the image. So a checkpoint needs no state of random numbers.
 
 Keys are typed, `jax.random.key`, or raw, `jax.random.PRNGKey`. JAX's own functions take both and
-draw the same numbers from them. What differs is the shape: a raw key is an array of 32-bit words.
+draw the same numbers from them. Only the shape differs: a raw key is an array of 32-bit words.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from runtime.array_types import RandomKey
 from runtime.errors import UserError
 
-# What a number stands for is in the results of every run: numbers are never given twice.
+# The results of every run depend on these numbers: no number is ever changed or used again.
 _STREAMS = {
   'init': 0,
   'train': 1,
@@ -30,16 +29,16 @@ _STREAMS = {
 }
 
 
-def stream(seed: int, name: str) -> jax.Array:
-  """The root key of one kind of random numbers."""
+def stream(seed: int, name: str) -> RandomKey:
+  """The root key of the stream `name`, one kind of random numbers of a run with this seed."""
   return jax.random.fold_in(jax.random.PRNGKey(seed), _STREAMS[name])
 
 
-def key_shape(rng: Any) -> tuple[int, ...]:
-  """The shape of an array of keys of either kind; () for a single one.
+def key_shape(rng: object) -> tuple[int, ...]:
+  """The shape of an array of random keys, typed or raw; () for a single key.
 
   Raises:
-    UserError: if these are not keys.
+    UserError: if `rng` holds no random keys.
   """
   if not hasattr(rng, 'dtype'):
     raise UserError(f'rng={rng!r} is not a random key: pass jax.random.key(seed).')

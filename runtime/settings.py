@@ -1,21 +1,21 @@
-"""Which settings of a configuration something depends on: those that it reads."""
+"""Finds the settings of a configuration that a result depends on: those that are read for it."""
 
 from collections.abc import Callable
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 
-def read_keys(build: Callable[[Any], Any], config: ml_collections.ConfigDict) -> tuple[str, ...]:
+def read_keys(build: Callable[[ConfigDict], Any], config: ConfigDict) -> tuple[str, ...]:
   """The dotted names of the settings that `build(config)` reads, such as 'sampling.eta'.
 
-  So a guard against mixing results needs no list of what each method reads, and holds for methods
-  that users register. A setting counts as read if its value is asked for, or that of a section as a
-  whole (`config.sampling.to_dict()`); also one that is not there, asked for by `get` or `in`.
+  With it, a guard against mixing results needs no list of the settings of each sampler, and covers
+  samplers that users register. A setting counts as read if its value, or that of a whole section
+  (`config.sampling.to_dict()`), is looked up; an absent one counts if `get` or `in` looks for it.
 
   Args:
-    build: makes, and traces if it may read later, what the results depend on.
-    config: what it reads.
+    build: builds what the results depend on, and traces it if it may read settings later.
+    config: the configuration that `build` is called with.
 
   Returns:
     The names in alphabetical order.
@@ -26,19 +26,19 @@ def read_keys(build: Callable[[Any], Any], config: ml_collections.ConfigDict) ->
 
 
 class _View:
-  """A configuration, or a section of it, that notes which of its leaves are read."""
+  """A view of a configuration, or of a section of it, that records which settings are read."""
 
-  def __init__(self, content: ml_collections.ConfigDict, prefix: str, names: set[str]):
+  def __init__(self, content: ConfigDict, prefix: str, names: set[str]):
     self._content, self._prefix, self._names = content, prefix, names
 
   @property
   def __class__(self) -> type:
-    """It passes for what it shows, wherever a type is checked."""
+    """A view passes for a `ConfigDict` wherever types are checked."""
     return type(self._content)
 
   def __getitem__(self, key: str) -> Any:
     value = self._content[key]
-    if isinstance(value, ml_collections.ConfigDict):
+    if isinstance(value, ConfigDict):
       return _View(value, f'{self._prefix}{key}.', self._names)
     self._names.add(self._prefix + key)
     return value
@@ -49,7 +49,7 @@ class _View:
     return self[key]
 
   def __contains__(self, key: str) -> bool:
-    if not isinstance(self._content.get(key), ml_collections.ConfigDict):
+    if not isinstance(self._content.get(key), ConfigDict):
       self._names.add(self._prefix + key)
     return key in self._content
 
@@ -69,6 +69,6 @@ class _View:
         value._read_all()
 
   def __reduce_ex__(self, protocol: int) -> Any:
-    """A copy is the plain configuration, of which all may be read."""
+    """A copy is a plain configuration, so all of its settings count as read."""
     self._read_all()
     return self._content.__reduce_ex__(protocol)

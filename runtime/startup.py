@@ -1,22 +1,22 @@
-"""What has to be set before JAX starts; main.py and the benchmarks share it."""
+"""Settings that must be made before JAX starts; main.py and the benchmarks share them."""
 
 import os
 import pathlib
 import platform
 import sys
-from typing import Any
 
 from absl import logging
+from ml_collections import ConfigDict
 
 from runtime.errors import UserError
 
 
 def restart_with_settings() -> None:
-  """Starts this program again with what is only read when a process starts, where that is missing.
+  """Restarts this program with two settings that a process reads only when it starts, if absent.
 
-  Huge memory pages, where the C library offers them: XLA takes and returns the memory of all
-  activations in each call on CPU; with pages of 4 KiB that alone costs a fifth of a training step.
-  Paths in UTF-8, whatever the locale: those that write checkpoints know no other.
+  Huge memory pages, where the C library has them: on CPU, XLA allocates and frees the memory of all
+  activations in each call, which costs a fifth of a training step with pages of 4 KiB.
+  Paths in UTF-8, whatever the locale: Orbax and TensorStore write no others.
   """
   settings = {}
   if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
@@ -29,25 +29,26 @@ def restart_with_settings() -> None:
 
 
 def keep_compiled_programs() -> None:
-  """Lets JAX reuse what it compiled in an earlier run on this machine, unless told where to."""
+  """Keeps compiled programs for later runs on this machine, unless the user chose a directory."""
   cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
   directory = cache / 'score_sde' / f'xla-{platform.node()}'
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(directory))
 
 
 def start_jax(
-  config: Any,
+  config: ConfigDict,
+  *,
   coordinator: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> None:
-  """Makes the devices of the CPU, and joins the other processes of the run.
+  """Sets the number of CPU devices, and joins the other processes of the run.
 
   Args:
-    config: its batch sizes have to be shared evenly.
+    config: the configuration, whose batch sizes the devices must share evenly.
     coordinator: host:port of the first process; None for a run of one process.
-    num_processes: how many there are; None where the cluster tells.
-    process_id: which one this is; likewise.
+    num_processes: the number of processes; None asks the cluster.
+    process_id: the number of this process, from 0; None asks the cluster.
 
   Raises:
     UserError: if the processes cannot be joined.
@@ -59,7 +60,7 @@ def start_jax(
       jax.config.update('jax_num_cpu_devices', 1 if coordinator else _cpu_devices(config))
     except RuntimeError:
       logging.warning(
-        'The configuration file computes with JAX as it is loaded, which fixes the number of CPU '
+        'The configuration file runs JAX while it is loaded, which fixes the number of CPU '
         'devices at one: move that into a function to train on all cores.'
       )
   if coordinator is None:
@@ -70,17 +71,17 @@ def start_jax(
     reason = str(error).splitlines()[0]
     raise UserError(
       f'--coordinator={coordinator}, --num_processes={num_processes}, --process_id={process_id} do '
-      f'not make a run of several processes ({reason}): give all three, the same host:port '
-      f'everywhere and numbers from 0.'
+      f'not start a run of several processes ({reason}): give all three, with the same host:port '
+      f'in all processes and process_id from 0.'
     ) from error
 
 
-def _cpu_devices(config: Any) -> int:
-  """How many devices JAX shall make of the CPU: one for each core, as batches and memory allow.
+def _cpu_devices(config: ConfigDict) -> int:
+  """The number of CPU devices: one for each core, up to four, that share all batches evenly.
 
   XLA runs many convolutions on one core only, so that two devices of one core each train up to
   twice as fast as one device of two cores. Every device holds a copy of the training state, hence
-  the limit. Processes of a run that has several of them may share a machine and take one each.
+  the limit.
   """
   sections = ('training', 'eval', 'classifier', 'sampling')
   sizes = [config.get(section, {}).get('batch_size', 1) for section in sections]

@@ -1,10 +1,10 @@
-"""Reads files of `torch.save` without PyTorch, and without running anything that is in them.
+"""Reads files of `torch.save` without PyTorch, and without running any code in them.
 
-Such a file is a pickle: a program for a small machine with a stack, which may call any function of
-Python. Here a machine of our own runs it. It knows the instructions that `torch.save` writes and
-the names of what a checkpoint consists of, each of which stands for a function of this module that
-makes a NumPy array, a number or a dictionary. Everything else is refused, and so is a program whose
-result would be larger than the file.
+Such a file is a pickle: a program for a small stack machine, which may call any Python function.
+This module interprets the program itself. It knows only the instructions that `torch.save` writes
+and the names that occur in checkpoints, each of which stands for a function of this module that
+returns a NumPy array, a number or a dictionary. It refuses everything else, and a program whose
+result would be much larger than the file.
 """
 
 import io
@@ -14,7 +14,7 @@ import pathlib
 import pickletools
 import zipfile
 from collections.abc import Callable
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -24,12 +24,12 @@ from runtime.errors import UserError
 ZIP_MAGIC = b'PK\x03\x04'
 LEGACY_MAGIC = b'\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19'  # the pickle of torch's magic number
 
-# The deepest published network has 963 parameters: with EMA and Adam 4,800 tensors of 31
-# instructions, and as many entries of about 100 bytes in the directory of the ZIP file.
+# The deepest published network has 963 parameters: with EMA and Adam that is 4,800 tensors of 31
+# instructions each, and 4,800 entries of about 100 bytes in the directory of the ZIP file.
 _MOST_INSTRUCTIONS = 500_000
 _LONGEST_READ = 2**20  # bytes
 _DEEPEST = 32  # dictionaries in dictionaries, and axes of a tensor
-# Bytes of all tensors by those of the file; more than 1 if tensors share a storage.
+# Bytes of all tensors divided by those of the file; above 1 if tensors share a storage.
 _MOST_COPIES = 4
 
 _STORAGES = {
@@ -51,18 +51,18 @@ StorageReader = Callable[[np.dtype, str, int], np.ndarray]
 
 
 class _Refused(ValueError):
-  """What the file does that no checkpoint does, as the rest of a sentence that begins with it."""
+  """The file does what no checkpoint does; the message completes a sentence about the file."""
 
 
 def load(path: pathlib.Path) -> Any:
-  """The content of a file of `torch.save`, tensors as NumPy arrays (views of their storages).
+  """The content of a file of `torch.save`, with tensors as NumPy arrays (views of their storages).
 
-  Reads the ZIP format (PyTorch 1.6 and later) and the older one. Time and memory are bounded by the
-  size of the file: nothing is nested deep, and all tensors together are not much larger than it.
+  It reads the ZIP format (PyTorch 1.6 and later) and the older one. The size of the file bounds
+  time and memory: nesting is limited, and all tensors together are at most four times as large.
 
   Raises:
     UserError: if the file does what no checkpoint does.
-    Exception: of any other kind if the file is damaged or not of `torch.save`.
+    Exception: of any other kind, if the file is damaged or was not written by `torch.save`.
   """
   with path.open('rb') as file:
     is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
@@ -70,19 +70,19 @@ def load(path: pathlib.Path) -> Any:
     return _load_zip(path) if is_zip else _load_legacy(path)
   except _Refused as error:
     raise UserError(
-      f'{path} {error}; it was refused and nothing was run: get the file from its author again.'
+      f'{path} {error}; nothing in it was run: get the file from its author again.'
     ) from error
 
 
 class _ShortReads(io.FileIO):
-  """A file that reads in pieces, as `ZipFile` reads a directory as long as it claims to be."""
+  """A file read in pieces: `ZipFile` would read a directory of any length that it claims."""
 
   def read(self, size: int = -1) -> bytes:
     return super().read(_LONGEST_READ if size < 0 else min(size, _LONGEST_READ))
 
 
 def _load_zip(path: pathlib.Path) -> Any:
-  """`data.pkl` holds the pickle, `data/<key>` the storages, `byteorder` 'little' or 'big'."""
+  """Reads the ZIP format: the pickle `data.pkl`, the storages `data/<key>`, and `byteorder`."""
   with _ShortReads(path) as file, zipfile.ZipFile(file) as archive:
     entries = {info.filename.partition('/')[2]: info for info in archive.infolist()}
     if 'data.pkl' not in entries:
@@ -102,7 +102,7 @@ def _load_zip(path: pathlib.Path) -> Any:
     def read_storage(dtype: np.dtype, key: str, size: int) -> np.ndarray:
       if key not in storages:
         storages[key] = np.frombuffer(read(f'data/{key}'), dtype)
-      _check_storage(storages[key], dtype, key, size)
+      _check_storage(storages[key], dtype, key, size=size)
       return storages[key]
 
     order = '>' if 'byteorder' in entries and read('byteorder') == b'big' else '<'
@@ -110,8 +110,8 @@ def _load_zip(path: pathlib.Path) -> Any:
 
 
 def _load_legacy(path: pathlib.Path) -> Any:
-  """Five pickles (magic number, version, system, content, keys), then the storages by key."""
-  # Mapped, because a file would make room for as many bytes as a pickle asks for.
+  """Reads the old format: five pickles (magic number, version, system, content, keys), storages."""
+  # Mapped, because reading a file allocates as many bytes as a pickle asks for.
   with path.open('rb') as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
     storages = {}
     left = len(file)
@@ -123,7 +123,7 @@ def _load_legacy(path: pathlib.Path) -> Any:
         if size < 0 or left < 0:
           raise ValueError(f'storage {key} is larger than the file')
         storages[key] = np.empty(size, dtype)
-      _check_storage(storages[key], dtype, key, size)
+      _check_storage(storages[key], dtype, key, size=size)
       return storages[key]
 
     machine = _Machine(make_storage, len(file))
@@ -140,7 +140,7 @@ def _load_legacy(path: pathlib.Path) -> Any:
     return content
 
 
-def _check_storage(storage: np.ndarray, dtype: np.dtype, key: str, size: int) -> None:
+def _check_storage(storage: np.ndarray, dtype: np.dtype, key: str, *, size: int) -> None:
   if (storage.dtype, storage.size) != (dtype, size):
     raise ValueError(
       f'storage {key} has {storage.size} elements of {storage.dtype}, not {size} of {dtype}'
@@ -148,12 +148,12 @@ def _check_storage(storage: np.ndarray, dtype: np.dtype, key: str, size: int) ->
 
 
 class _Machine:
-  """Runs pickles: a stack, marks in it, and a memory of what was made.
+  """Interprets pickles, with a stack, marks in it, and a memory of earlier values.
 
   Args:
-    read_storage: gives the elements that tensors are views of.
-    file_size: in bytes, which bounds the size of the result.
-    byteorder: of the storages.
+    read_storage: returns the elements that tensors are views of.
+    file_size: the size of the file in bytes, which bounds the size of the result.
+    byteorder: the byte order of the storages, '<' or '>'.
   """
 
   def __init__(self, read_storage: StorageReader, file_size: int, byteorder: str = '<'):
@@ -162,8 +162,8 @@ class _Machine:
     self._byteorder = byteorder
     self._instructions_left = _MOST_INSTRUCTIONS
 
-  def run(self, file: IO[bytes] | mmap.mmap) -> Any:
-    """The result of the program that begins here; `file` is then behind it."""
+  def run(self, file: io.BufferedIOBase | mmap.mmap) -> Any:
+    """Interprets the program at the position of `file`, moves past it and returns its result."""
     stack, marks, memory = [], [], {}
     pop, push = stack.pop, stack.append
 
@@ -233,8 +233,8 @@ class _Machine:
         case _:
           raise _Refused(f'has the instruction {opcode.name}, which torch.save does not write')
 
-  def _storage(self, reference: tuple) -> np.ndarray:
-    """What ('storage', type, key, device, number of elements, None) refers to."""
+  def _storage(self, reference: object) -> np.ndarray:
+    """The storage that ('storage', type, key, device, number of elements, None) refers to."""
     kind, dtype, key, _, size, *view = _of_type(tuple, reference)[:7]
     if kind != 'storage' or view not in ([], [None]):
       raise ValueError('a reference to something other than a storage')
@@ -242,7 +242,7 @@ class _Machine:
     return self._read_storage(dtype, _of_type(str, key), _of_type(int, size))
 
   def _checked_size(self, result: Any) -> Any:
-    """The result if it is a tree, and not a small graph that stands for an endless one."""
+    """The result, after a check that it is a tree: a small cyclic graph would never end."""
     items_left, bytes_left = _MOST_INSTRUCTIONS, _MOST_COPIES * self._file_size
 
     def visit(item: Any, depth: int) -> None:
@@ -274,13 +274,13 @@ def _checked_number(number: int) -> int:
 
 
 def _checked_key(key: Any) -> str | int:
-  """A key of a dictionary. Hashing a nested tuple, or many unlike large numbers, takes forever."""
+  """A key of a dictionary: hashing nested tuples or many large numbers could take forever."""
   if not isinstance(key, str) and not (isinstance(key, int) and 0 <= key < 2**60):
     raise _Refused('has a dictionary with a key that is neither a name nor a small number')
   return key
 
 
-# What a pickle may name, and what that stands for here.
+# The names that a pickle may use, and the function of this module that each stands for.
 
 
 class _NumberType:
@@ -342,13 +342,13 @@ def _named(name: str) -> Any:
 
 
 def _called(function: Any, arguments: tuple) -> Any:
-  """Nothing but the functions of `_NAMES` can be called: whatever else a program makes cannot."""
+  """Calls a function of `_NAMES`: a program has no way to make any other callable object."""
   if len(arguments) > 8:
     raise ValueError('a call with too many arguments')
   return function(*arguments)
 
 
 def _set_state(target: Any, state: Any) -> None:
-  """The attributes that PyTorch puts on a dictionary are of no use here; the byte order is."""
+  """Sets the byte order of a number type; attributes of a dictionary are ignored."""
   if isinstance(target, _NumberType):
     target.dtype = target.dtype.newbyteorder(state[1])

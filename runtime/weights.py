@@ -1,6 +1,6 @@
 """Weights as arrays by name: from the MessagePack of Flax, and into the tree of a network.
 
-The files come from others, so what they say is bounded and checked before it is used.
+The files are third-party, so their content is bounded and checked before it is used.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,20 +13,23 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 
-# Arrays by the path of their parameter, as in 'ResnetBlockBigGANpp_0/Conv_0/kernel'.
-Arrays = Mapping[str, np.ndarray]
+PyTree = Any
+
+# Arrays by the path of their parameter, as in 'ResnetBlockBigGANpp_0/Conv_0/kernel'. In a damaged
+# file they may be anything: `fit` checks them.
+Arrays = Mapping[str, object]
 
 _SHOWN = 8  # names in a message
-_LONGEST_NAME = 200  # characters of one there
-_MOST_ENTRIES = 100_000  # a state of the deepest published network has 5,000
+_LONGEST_NAME = 200  # characters of a name in a message
+_MOST_ENTRIES = 100_000  # the training state of the deepest published network has 5,000
 _MOST_AXES = 64
 
 
-def restore_flax(data: bytes) -> Any:
-  """What `flax.serialization.to_bytes` made bytes of: dictionaries, arrays and numbers.
+def restore_flax(data: bytes) -> PyTree:
+  """Inverts `flax.serialization.to_bytes`: dictionaries of dictionaries, arrays and numbers.
 
   Raises:
-    Exception: of any kind if the bytes are damaged or something else.
+    Exception: of any kind, if the bytes are damaged or have another format.
   """
   entries_left = _MOST_ENTRIES
 
@@ -39,8 +42,8 @@ def restore_flax(data: bytes) -> Any:
   def try_array(code: int, content: bytes) -> None:
     msgpack.unpackb(content, raw=True, max_array_len=_MOST_AXES, max_map_len=0)
 
-  # First a pass that keeps nothing: lists claim their length before their items are there, and each
-  # empty dictionary, of one byte, takes 64 in memory.
+  # The first pass keeps nothing: a list claims its length before its items follow, and an empty
+  # dictionary, one byte in the file, takes 64 bytes of memory.
   msgpack.unpackb(
     data,
     object_hook=count,
@@ -53,23 +56,23 @@ def restore_flax(data: bytes) -> Any:
 
 
 def flatten(tree: Mapping) -> dict[str, Any]:
-  """Leaves by path, names joined by '/'."""
+  """The leaves of nested dictionaries by path, names joined by '/'."""
   return flax.traverse_util.flatten_dict(tree, sep='/')
 
 
 class Misfit(ValueError):
-  """Names the arrays that are missing, unexpected, of another shape, ..."""
+  """The arrays are not those of the network; the message names the missing, unexpected, ..."""
 
 
-def fit(arrays: Arrays, like: Any) -> Any:
-  """The tree shaped as `like` with these arrays; leading axes of length one may come and go.
+def fit(arrays: Arrays, like: PyTree) -> PyTree:
+  """Arranges arrays as a tree; leading axes of length one may differ.
 
   Args:
-    arrays: by path.
-    like: a tree of arrays or of their shapes.
+    arrays: the arrays by path.
+    like: a tree of arrays, or of their shapes, with the structure of the result.
 
   Raises:
-    Misfit: if they are not those of this tree, or not finite.
+    Misfit: if an array is missing, unexpected, of another shape or not finite.
   """
   expected = flatten(like)
   common = expected.keys() & arrays.keys()
@@ -110,7 +113,7 @@ def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def enumerate_names(names: Iterable[Any]) -> str:
-  """The first few of these names, which may be anything that a file says, and how many more."""
+  """The first few of these names, made printable and cut, and the number of the others."""
   names = sorted(map(str, names))
   shown = [name if name.isprintable() else ascii(name) for name in names[:_SHOWN]]
   more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''

@@ -1,9 +1,9 @@
-"""What the directory of a run is: whose it is, who is at work in it, and the state it holds.
+"""The directory of a run: its configuration, the process that writes to it, and its states.
 
 config.json     the configuration of the run, which every mode compares with its own
 data.json       fingerprints of the training and test images
 versions.json   versions of the packages
-.lock           held by the process that writes there
+.lock           locked by the process that writes to the directory
 """
 
 import contextlib
@@ -36,10 +36,10 @@ PyTree = Any
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
-# Where the data are, which may change; `data.json` knows what they are.
+# Where the data are stored, which may change: `data.json` guards their content.
 LOCATIONS = ('data.path', 'data.tfrecords_path')
 
-# Fields that may change when a training resumes: they do not alter the training itself.
+# Fields that may change when a training resumes, because they do not alter the training itself.
 FREE = (
   'training.n_iters',
   'training.log_freq',
@@ -55,8 +55,8 @@ FREE = (
   'classifier.',
 )
 
-# What samples and latent codes of a trained network depend on, and the fields of it that only
-# matter to its training or to the speed.
+# The fields that samples and latents of a trained network depend on, except for those that only
+# matter to its training or its speed.
 MODEL = (
   'model.',
   'training.sde',
@@ -71,24 +71,24 @@ _TEMPORARY = re.compile(r'\..+\.(npz|json|jsonl|csv|png|gif|safetensors)-[a-z0-9
 
 
 def of_training(name: str) -> bool:
-  """Whether a field has to be that of the run for a training to resume."""
+  """Whether a training can resume only if the field of this name is as it was."""
   return not name.startswith(FREE)
 
 
 def of_model(name: str) -> bool:
-  """Whether a field has to be that of the run for its samples to be those of its network."""
+  """Whether samples of the network of a run depend on the field of this name."""
   return name.startswith(MODEL) and not name.startswith(ONLY_TRAINING)
 
 
 def read_json(path: pathlib.Path, fix: str) -> dict[str, Any]:
-  """The JSON object in a file.
+  """Reads a file that holds a JSON object.
 
   Args:
-    path: of the file.
-    fix: what to do if there is none in it, to end a sentence.
+    path: the file.
+    fix: what to do if the file is damaged; it ends the sentence of the error.
 
   Raises:
-    UserError: if the file cannot be read or holds something else.
+    UserError: if the file cannot be read or holds no JSON object.
   """
   try:
     content = json.loads(path.read_text(encoding='utf-8'))
@@ -96,7 +96,7 @@ def read_json(path: pathlib.Path, fix: str) -> dict[str, Any]:
     reason = getattr(error, 'strerror', None) or ('it is empty' if _empty(path) else 'no JSON')
     raise UserError(f'{path} cannot be read ({reason}): {fix}.') from error
   if not isinstance(content, dict):
-    raise UserError(f'{path} holds {content!r:.40} in place of a JSON object: {fix}.')
+    raise UserError(f'{path} holds {content!r:.40} instead of a JSON object: {fix}.')
   return content
 
 
@@ -105,7 +105,7 @@ def _empty(path: pathlib.Path) -> bool:
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
-  """The recorded configuration of a run; None where there is none.
+  """The recorded configuration of a run; None if the directory has no `config.json`.
 
   Raises:
     UserError: if the file is damaged.
@@ -123,15 +123,15 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
 def check_run(
   config: ConfigDict, workdir: pathlib.Path, guarded: Callable[[str], bool] = of_training
 ) -> None:
-  """Checks that the run in a directory is the one that the configuration describes.
+  """Checks that a directory is empty or holds the run that the configuration describes.
 
   Args:
-    config: of this run; one of a classifier has no section `model`.
-    workdir: its directory.
-    guarded: which fields have to agree.
+    config: the configuration; that of a classifier has no section `model`.
+    workdir: the directory.
+    guarded: whether the field of a name must be as it was recorded.
 
   Raises:
-    UserError: if they do not; the message names them.
+    UserError: if guarded fields differ; the message names them.
   """
   recorded = read_config(workdir)
   if recorded is None:
@@ -142,15 +142,15 @@ def check_run(
       f'{workdir} holds a run of {kinds["model" in recorded]}, not of '
       f'{kinds["model" in config]}: use another --workdir.'
     )
-  # A field that is newer than the run had its default.
+  # A field that did not exist when the run began had the effect of its default.
   new = configuration.flatten(config)
   defaults = configuration.flatten(get_default_configs())
   old = {name: defaults[name] for name in new if name in defaults}
   old |= configuration.flatten(recorded)
   if differing := configuration.differences(old, new, guarded):
     raise UserError(
-      f'{workdir} holds a run with another configuration: {differing}; use those values or another '
-      f'--workdir.'
+      f'{workdir} holds a run with another configuration: {differing}; set the recorded values or '
+      f'another --workdir.'
     )
 
 
@@ -163,10 +163,10 @@ def record(
   """Writes `config.json`, `versions.json` and `data.json` to the directory of a run.
 
   Args:
-    config: of this run.
+    config: the configuration of the run.
     workdir: its directory.
     guarded: as in `check_run`.
-    **sources: the data by the names of their splits; none if the run has not seen them.
+    **sources: the data by the names of their splits; none for an import, which reads no data.
 
   Raises:
     UserError: as `check_run`, or if the run was trained on other data. Nothing is written then.
@@ -180,7 +180,7 @@ def record(
 
 
 def _check_data(workdir: pathlib.Path, sources: Mapping[str, Any]) -> dict[str, str | None]:
-  """The fingerprints of the sources, which have to be those of the run where both are known."""
+  """The fingerprints of the data, which must equal the recorded ones where both are known."""
   path = workdir / 'data.json'
   new = {name: getattr(source, 'fingerprint', None) for name, source in sources.items()}
   if not path.exists():
@@ -190,7 +190,7 @@ def _check_data(workdir: pathlib.Path, sources: Mapping[str, Any]) -> dict[str, 
   if changed := [name for name, value in known.items() if value != new[name]]:
     raise UserError(
       f'The images of the split {" and ".join(changed)} are not those that {workdir} was trained '
-      f'on: restore them, use another --workdir, or remove {path} to resume on what is there now.'
+      f'on: restore them, use another --workdir, or remove {path} to resume on the new images.'
     )
   return {name: value or old.get(name) for name, value in new.items()}
 
@@ -201,13 +201,13 @@ def _write_json(path: pathlib.Path, content: Any) -> None:
 
 
 def versions() -> dict[str, str]:
-  """Versions of what the numbers of a run depend on."""
+  """The versions of Python, the machine and the packages that the numbers of a run depend on."""
   found = {name: importlib.metadata.version(name) for name in PACKAGES}
   return {'python': platform.python_version(), 'machine': platform.machine(), **found}
 
 
 def log_start(config: ConfigDict) -> None:
-  """Logs what runs on what."""
+  """Logs the versions, the devices, the network, the SDE and the data set."""
   logging.info('versions: %s', versions())
   logging.info(
     'devices: %d x %s in %d processes; model: %s; SDE: %s; data: %s',
@@ -222,14 +222,14 @@ def log_start(config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def at_work(folder: pathlib.Path, setting: str) -> Iterator[None]:
-  """Makes a folder, holds it against other runs, tidies it and logs to its `stdout.txt`.
+  """Creates and locks a folder, removes partial files from it and logs to its `stdout.txt`.
 
   Args:
-    folder: to write to.
-    setting: what chose it, for messages.
+    folder: the folder.
+    setting: the flag that chose it, for messages.
 
   Raises:
-    UserError: if it cannot be written to, or another run is at work in it.
+    UserError: if the folder cannot be written to, or another run holds its lock.
   """
   reporting.check_writable(folder, setting)
   with contextlib.ExitStack() as stack:
@@ -246,7 +246,7 @@ def at_work(folder: pathlib.Path, setting: str) -> Iterator[None]:
 
 
 def _hold(folder: pathlib.Path, stack: contextlib.ExitStack) -> bool:
-  """Whether the folder's lock could be taken; the system frees it however this process ends."""
+  """Whether this process could lock the folder; the system unlocks it however the process ends."""
   if fcntl is None:
     return True
   file = stack.enter_context((folder / '.lock').open('a+', encoding='utf-8'))
@@ -271,7 +271,7 @@ def _holder(folder: pathlib.Path) -> str:
 
 
 def _tidy(folder: pathlib.Path) -> None:
-  """Removes what a process that was killed left half written; others may work in other folders."""
+  """Removes the partial files of a process that was killed, only from folders that are locked."""
   for own in (folder, *folder.glob('samples/iter_*'), *folder.glob('ckpt_*_host_0')):
     for path in own.glob('.*'):
       if _TEMPORARY.fullmatch(path.name):
@@ -281,15 +281,16 @@ def _tidy(folder: pathlib.Path) -> None:
 
 
 def load_state(workdir: pathlib.Path, like: PyTree, number: int | None = None) -> PyTree:
-  """A saved state of the run in `workdir`, shaped as `like`, on all devices.
+  """Restores a saved state of the run in `workdir`, replicated on all devices.
 
   Args:
-    workdir: of the run.
-    like: arrays or shapes; what is None in it is not read.
-    number: which of `checkpoints/`; by default the newest state there is.
+    workdir: the directory of the run.
+    like: a tree of arrays, or of their shapes, with the structure of the result; a field that is
+      None is not read.
+    number: which of `checkpoints/`; by default the newest state.
 
   Raises:
-    UserError: if there is no such state, or it is damaged or does not fit.
+    UserError: if the state does not exist, is damaged or does not fit the configuration.
   """
   snapshots, latest = (CheckpointReader(workdir / name) for name in checkpoints.DIRECTORIES)
   if number is None:
@@ -299,6 +300,7 @@ def load_state(workdir: pathlib.Path, like: PyTree, number: int | None = None) -
     return state
   if number not in snapshots.numbers():
     raise UserError(
-      f'--checkpoint_number={number} is not in {workdir}/checkpoints: it has {snapshots.numbers()}.'
+      f'--checkpoint_number={number} is not in {workdir}/checkpoints: it has '
+      f'{snapshots.numbers()}; choose one of these.'
     )
   return checkpoints.restore(snapshots, number, like)

@@ -20,6 +20,8 @@ TYPED = (
   'losses',
   'metrics',
   'models',
+  'modes',
+  'runtime',
   'samplers',
   'sampling',
   'sde_lib',

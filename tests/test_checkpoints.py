@@ -151,8 +151,8 @@ def test_another_network_is_a_misfit_with_its_shapes_and_nothing_is_set_aside(sa
   _, other = train_state.abstract_state(config)
   before = _snapshot(saved.directory)
   for restore in (checkpoints.restore_newest, checkpoints.resume):
-    with pytest.raises(MisfitCheckpoint) as raised:
-      restore([saved], other)
+    with CheckpointDirectory(saved.directory) as run, pytest.raises(MisfitCheckpoint) as raised:
+      restore([run], other)
     message = str(raised.value)
     assert 'params/Conv_0/bias is float32[8] instead of float32[16]' in message
     assert 'config.json' in message

@@ -48,7 +48,7 @@ MISTAKES = {
   'a configuration that does not exist': (['--config', 'nothing.py'], 'nothing.py does not exist'),
   'a configuration without its argument': (
     ['--config=tests/argument_config.py'],
-    "missing 1 required positional argument: 'which'; give its argument as",
+    "missing 1 required positional argument: 'which'; set --config=",
   ),
   'a file that is no configuration': (
     ['--config=tests/golden/fill.py'],

@@ -294,17 +294,17 @@ def test_what_cannot_be_evaluated_is_refused_before_sampling(workdir, monkeypatc
       "sampling.task='inpaint' is not for --mode=eval, .*use --mode=sample",
       {'sampling__task': 'inpaint'},
     ),
-    ('Nothing is to be evaluated: set one of eval.enable_loss', NOTHING),
+    ('No evaluation is enabled: set one of eval.enable_loss', NOTHING),
     ('eval.bpd_repeats=-1 must be', {'eval__enable_bpd': True, 'eval__bpd_repeats': -1}),
     ("--eval_folder='../eval' must be a folder inside", {'folder': '../eval'}),
     ("--eval_folder='eval/..' must be a folder inside", {'folder': 'eval/..'}),
     ("--eval_folder='' must be a folder inside", {'folder': ''}),
     (f"--eval_folder='{tmp_path}' must be a folder inside", {'folder': str(tmp_path)}),
     ('1 samples have no covariance', {'eval__num_samples': 1}),
-    ('eval.begin_ckpt=5 is behind eval.end_ckpt=4', {'eval__begin_ckpt': 5}),
+    ('eval.begin_ckpt=5 is greater than eval.end_ckpt=4', {'eval__begin_ckpt': 5}),
     (r'no checkpoints \[5, 6\]: it has \[1, 2, 3, 4\]', {'eval__end_ckpt': 6}),
     (
-      'eval.end_ckpt=6 will never be there: training.n_iters=40 ends at checkpoint 4',
+      'eval.end_ckpt=6 is more than training will save: training.n_iters=40 ends at checkpoint 4',
       {'eval__end_ckpt': 6, 'eval__wait_seconds': 5},
     ),
     (
@@ -375,7 +375,7 @@ def test_only_settings_that_the_numbers_depend_on_must_stay(uninterrupted, monke
     ('sampling__n_steps', 1, r'sampling.n_steps \(was 0, is 1\)'),
     ('sampling__per_image_seeds', True, r'sampling.per_image_seeds \(was False, is True\)'),
     ('eval__num_samples', 100, r'eval.num_samples \(was 150, is 100\)'),
-    ('sampling__method', 'ddim', r"settings: sampling.method \(was 'pc', is 'ddim'\); use"),
+    ('sampling__method', 'ddim', r"settings: sampling.method \(was 'pc', is 'ddim'\); set"),
   ):
     with pytest.raises(UserError, match=message):
       evaluated(workdir, monkeypatch, **{key: value})
@@ -454,7 +454,9 @@ def test_a_damaged_report_is_made_again_and_a_damaged_record_refused(
   spoil('report.json')
   evaluated(workdir, monkeypatch)
   assert report(workdir / 'eval') == report(uninterrupted)  # of both checkpoints
-  warned = 'report.json was damaged; it is made again from the files of loss, bpd, sampling'
+  warned = (
+    'report.json is damaged: its numbers are read again from the files of loss, bpd, sampling'
+  )
   assert (warned in caplog.text) == (damage != 'missing')
   spoil('meta.json')
   with pytest.raises(UserError, match='meta.json is missing or damaged, .*another --eval'):

@@ -97,7 +97,8 @@ PROGRAMS = {
 def ending_of_load(path):
   """What `torch_file.load` ends with in a process of little memory and time."""
   code = (
-    'import pathlib, resource, sys, torch_file\n'
+    'import pathlib, resource, sys\n'
+    'from runtime import torch_file\n'
     'resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n'
     'resource.setrlimit(resource.RLIMIT_CPU, (4, 4))\n'
     'try:\n'

@@ -383,12 +383,12 @@ def test_import_evaluates_export_and_import_again(flax_file, tmp_path):
   with pytest.raises(UserError, match='exists'):
     run_lib.export_checkpoint(config, str(tmp_path / 'a'))
   with pytest.raises(UserError, match='checkpoint_number=3 is not in .* it has .1001'):
-    run_lib.export_checkpoint(config, str(tmp_path / 'a'), str(tmp_path / 'x'), 3)
+    run_lib.export_checkpoint(config, str(tmp_path / 'a'), number=3)
   with pytest.raises(UserError, match='holds no checkpoint'):
     run_lib.export_checkpoint(config, str(tmp_path / 'nothing'))
   config.model.width = 16
   with pytest.raises(UserError, match='another configuration'):
-    run_lib.export_checkpoint(config, str(tmp_path / 'a'), str(tmp_path / 'x'))
+    run_lib.export_checkpoint(config, str(tmp_path / 'a'), checkpoint=str(tmp_path / 'x'))
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def test_fused_steps_agree_with_single_steps():
       losses.build_step_fn(config, sde, model, train=True),
       train_ds.preprocess,
       stream(config.seed, 'train'),
-      fused,
+      fused=fused,
     )
     results.append(step(parallelism.replicate(state), batches))
   for a, b in zip(*map(jax.tree.leaves, results), strict=True):

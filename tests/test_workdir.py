@@ -131,7 +131,7 @@ def test_tilde_in_workdir_is_the_home_directory(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   run_lib.train(config_of(training__n_iters=1), '~/run')
   assert [path.name for path in tmp_path.iterdir()] == ['run']
-  path = run_lib.export_checkpoint(config_of(), '~/run', '~/weights.safetensors')
+  path = run_lib.export_checkpoint(config_of(), '~/run', checkpoint='~/weights.safetensors')
   assert path == tmp_path / 'weights.safetensors'
   assert int(conversion.read_state(prepare(config_of()), '~/weights.safetensors').step) == 1
   shutil.copy(datasets.ASSETS / 'mnist5k_classifier.safetensors', tmp_path / 'mine')
