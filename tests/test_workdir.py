@@ -333,7 +333,7 @@ def test_two_processes_of_one_run_agree_on_a_checkpoint_that_one_of_them_cannot_
   code = (
     'import pathlib, sys, jax\n'
     'jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))\n'
-    'import losses\n'
+    'import train_state\n'
     'from runtime import checkpoints\n'
     'from runtime.checkpoints import CheckpointReader, DamagedCheckpoint\n'
     'from tests import tiny_config\n'
