@@ -6,14 +6,17 @@ of any shape `dims`, which for a network are images of `H` x `W` pixels with `C`
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Integer, UInt8
+from jaxtyping import Float, Int, Integer, Real, UInt8
 
 Array = jax.Array | np.ndarray
 
 Scalar = Float[Array, '']
 PerExample = Float[Array, 'B']  # times t, noise levels sigma, log-densities: one for each example
 Batch = Float[Array, 'B *dims']  # x_t, its score, noise
+TimeLabels = Real[Array, 'B']  # what a network is conditioned on: time steps or noise levels
 Images = Float[Array, 'B H W C']
+FeatureMaps = Float[Array, 'B H W C']  # what the layers of a network pass on
+Embedding = Float[Array, 'B E']  # of a time or noise level
 GreyLevels = UInt8[Array, 'B H W C']  # images in 0...255
 Labels = Integer[Array, 'B']
 Logits = Float[Array, 'B num_classes']
