@@ -179,7 +179,7 @@ class GroupNorm(nn.Module):
     Raises:
       UserError: if the channels cannot be split into groups of one size.
     """
-    batch, channels = x.shape[0], x.shape[-1]
+    channels = x.shape[-1]
     groups = self.num_groups or min(channels // 4, 32)
     if groups == 0 or channels % groups:
       raise UserError(
@@ -190,17 +190,19 @@ class GroupNorm(nn.Module):
     scale = self.param('scale', nn.initializers.ones, (channels,))
     bias = self.param('bias', nn.initializers.zeros, (channels,))
 
-    def group_mean(per_pixel: FeatureMaps) -> Float[Array, 'B C']:  # equal within a group
-      per_group = jnp.mean(per_pixel, axis=(1, 2)).reshape(batch, groups, -1)
-      mean = jnp.mean(per_group, axis=-1, keepdims=True)
-      return jnp.broadcast_to(mean, per_group.shape).reshape(batch, channels)
-
     pixels = x.astype(jnp.float32)
-    mean = group_mean(pixels)
-    variance = jnp.maximum(group_mean(pixels**2) - mean**2, 0.0)
+    mean = _group_means(pixels, groups)
+    variance = jnp.maximum(_group_means(pixels**2, groups) - mean**2, 0.0)
     factor = scale * jax.lax.rsqrt(variance + self.epsilon)
     offset = bias - mean * factor
     return (pixels * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
+
+
+def _group_means(x: FeatureMaps, groups: int) -> Float[Array, 'B C']:
+  """The means over the pixels of each group of channels, repeated for the channels of the group."""
+  per_group = jnp.mean(x, axis=(1, 2)).reshape(x.shape[0], groups, -1)
+  means = jnp.mean(per_group, axis=-1, keepdims=True)
+  return jnp.broadcast_to(means, per_group.shape).reshape(x.shape[0], x.shape[-1])
 
 
 class NIN(nn.Module):

@@ -33,6 +33,15 @@ def _near_one(
   return 1 + 0.02 * jax.random.normal(rng, shape, dtype)
 
 
+def _scales_and_shifts(
+  rng: RandomKey, shape: tuple[int, int], dtype: Any = jnp.float32
+) -> Float[Array, 'levels scales_and_shifts']:
+  """Two thirds of the columns near one, for gamma and alpha, and zeros for beta."""
+  levels, channels = shape[0], shape[1] // 3
+  scales = _near_one(rng, (levels, 2 * channels), dtype)
+  return jnp.concatenate([scales, jnp.zeros((levels, channels), dtype)], axis=-1)
+
+
 class InstanceNorm2d(nn.Module):
   """gamma (x - mu) / sigma + beta."""
 
@@ -96,14 +105,7 @@ class ConditionalInstanceNorm2dPlus(nn.Module):
   def __call__(self, x: FeatureMaps, y: Int[Array, ' B']) -> FeatureMaps:
     """Normalizes `x`, (B, H, W, C), by the number of its noise level, `y`, (B,)."""
     channels = x.shape[-1]
-
-    def init(
-      rng: RandomKey, shape: tuple[int, ...], dtype: Any = jnp.float32
-    ) -> Float[Array, '...']:
-      scales = _near_one(rng, (shape[0], 2 * channels), dtype)
-      return jnp.concatenate([scales, jnp.zeros((shape[0], channels), dtype)], axis=-1)
-
-    embedding = nn.Embed(self.num_classes, 3 * channels, embedding_init=init)(y)
+    embedding = nn.Embed(self.num_classes, 3 * channels, embedding_init=_scales_and_shifts)(y)
     gamma, alpha, beta = jnp.split(embedding[:, None, None], 3, axis=-1)
     h, means = _instance_norm_plus(x)
     return (gamma * (h + alpha * means) + beta).astype(x.dtype)

@@ -22,7 +22,7 @@ from models import convolution
 from models.layers import Activation, in_dtype_of_input
 from models.normalization import ConditionalInstanceNorm2dPlus, InstanceNorm2dPlus
 from models.up_or_down_sampling import naive_downsample_2d
-from runtime.array_types import Array, FeatureMaps, RandomKey
+from runtime.array_types import Array, FeatureMaps
 
 NoiseLevels = Int[Array, ' B']  # by number
 
@@ -56,9 +56,7 @@ def ncsn_conv(
   """
   bound = (size**2 * x.shape[-1]) ** -0.5
 
-  def init(rng: RandomKey, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Float[Array, '...']:
-    return jax.random.uniform(rng, shape, dtype, -bound, bound)
-
+  init = lambda rng, shape, dtype=jnp.float32: jax.random.uniform(rng, shape, dtype, -bound, bound)
   dilated = (dilation, dilation)
   return _conv(
     x, features, size, kernel_dilation=dilated, use_bias=bias, kernel_init=init, bias_init=init
