@@ -508,7 +508,7 @@ def test_the_evaluation_loader_gives_each_example_once(size):
   """Also where the split is smaller than the batch; and the parts of processes are disjoint."""
   images = np.arange(size, dtype=np.uint8).reshape(size, 1, 1, 1)
   source = datasets.ArraySource(images, np.zeros(size))
-  dataset = datasets.Dataset(source, 8, 0, True, None)
+  dataset = datasets.Dataset(source, batch_size=8, seed=0, shuffle=True, preprocess=None)
   batches = list(dataset.once())
   assert len(batches) == len(dataset) == -(-size // 8)
   assert all(batch['image'].shape == (8, 1, 1, 1) for batch in batches)
@@ -523,7 +523,8 @@ def test_the_evaluation_loader_gives_each_example_once(size):
 
 def test_two_processes_get_the_halves_of_each_batch(monkeypatch):
   images = np.arange(13, dtype=np.uint8).reshape(13, 1, 1, 1)
-  dataset = datasets.Dataset(datasets.ArraySource(images, np.zeros(13)), 8, 0, False, None)
+  source = datasets.ArraySource(images, np.zeros(13))
+  dataset = datasets.Dataset(source, batch_size=8, seed=0, shuffle=False, preprocess=None)
   whole = [batch['image'] for batch in dataset.once()]
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   halves = []
