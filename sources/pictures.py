@@ -68,7 +68,7 @@ def open_folder(root: str) -> dict[str, Sequence[File]]:
   """Lists the pictures of the splits 'train' and 'test', each by name in code-point order.
 
   If the folder has a sub-folder `train`, its pictures are the training split, and those of the
-  first of `TEST_FOLDERS` that holds any are the test split; the case of these names does not matter.
+  first of `TEST_FOLDERS` that holds any are the test split; the case of these names is ignored.
   Without a test folder, every tenth picture of `train` is in the test split instead of the training
   split, and without `train`, every tenth of all pictures. Files that cannot be used are left out,
   and one warning says why.

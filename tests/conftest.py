@@ -16,6 +16,8 @@ TYPED = (
   'controllable_generation',
   'datasets',
   'evaluation',
+  'extractors',
+  'formats',
   'likelihood',
   'losses',
   'metrics',
