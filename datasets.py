@@ -85,7 +85,7 @@ def get_preprocess_fn(
 ) -> Preprocess:
   """Returns what is done to a batch on the devices, a function `(rng, images) -> scaled images`.
 
-  There `images` are uint8 grey levels, (B, H, W, C), and the result, of the same shape, is in the
+  Here `images` are uint8 grey levels, (B, H, W, C), and the result, of the same shape, is in the
   range of the scaled data. With `data.random_flip` each image is mirrored with probability 1/2.
 
   Args:
@@ -190,9 +190,11 @@ class Padded:
   batch_size: int
 
   def __len__(self) -> int:
+    """The length of the source, rounded up to a multiple of the batch size."""
     return -(-len(self.source) // self.batch_size) * self.batch_size
 
   def __getitem__(self, i: int) -> Example:
+    """Example number `i` of the source, or beyond its end the last one, with its `weight`."""
     count = len(self.source)
     return {**self.source[min(i, count - 1)], 'weight': np.float32(i < count)}
 
@@ -208,6 +210,7 @@ class Alike:
   source: Source
 
   def __len__(self) -> int:
+    """The length of the source."""
     return len(self.source)
 
   def __getitem__(self, i: int) -> Example:

@@ -125,7 +125,7 @@ def load_dataset_stats(config: ConfigDict, extractor: Extractor) -> DatasetStats
       f'{path} cannot be read as statistics of the data ({reason}): make them again with '
       f'--mode=stats, or give another file as --config.eval.stats_path.'
     ) from error
-  _check_stats(stats, path, config, extractor)
+  _check_stats(stats, path, config=config, extractor=extractor)
   return stats
 
 
@@ -208,7 +208,7 @@ def _scalar(name: str, array: AnyArray) -> Value:
 
 
 def _check_stats(
-  stats: DatasetStats, path: pathlib.Path, config: ConfigDict, extractor: Extractor
+  stats: DatasetStats, path: pathlib.Path, *, config: ConfigDict, extractor: Extractor
 ) -> None:
   recorded, wanted = stats.provenance, provenance(config, extractor)
   wanted.pop('checksum')
@@ -228,7 +228,7 @@ def _check_stats(
 
 
 def provenance(config: ConfigDict, extractor: Extractor, checksum: str = '') -> dict[str, Value]:
-  """The provenance of statistics that are made with this configuration; see `DatasetStats`."""
+  """The provenance of statistics under this configuration; see `DatasetStats`."""
   data = config.data
   return {
     'extractor': extractor.name,

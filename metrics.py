@@ -176,7 +176,9 @@ def frechet_distance(
   """
   (mean1, covariance1), (mean2, covariance2) = first, second
   if found := flaw(*first) or flaw(*second):
-    raise UserError(f'There is no FID, because {found}: make the moments again from the features.')
+    raise UserError(
+      f'The FID is undefined, since {found}: compute the moments again from features.'
+    )
   if mean1.shape != mean2.shape:
     raise UserError(
       f'FeatureMoments of {mean1.size} and of {mean2.size} features cannot be compared: use one '

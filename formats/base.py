@@ -97,7 +97,7 @@ class Contents:
     return value
 
   def has(self, *keys: str | int) -> bool:
-    """Whether there is a value under these keys that is neither None nor empty."""
+    """Whether the value under these keys exists and is neither None nor empty."""
     value = functools.reduce(_inner, keys, self.value)
     return value is not None and not (isinstance(value, Mapping | list) and not value)
 

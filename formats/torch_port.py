@@ -217,7 +217,7 @@ def _call_order(config: ConfigDict) -> list[str]:
 def _ncsnv2_name(path: str, paths: Iterable[str]) -> str:
   """The port's name of a parameter of NCSNv2.
 
-  Its modules are named after their role there, and numbered in the order of calls here.
+  The port names its modules after their roles; ours are numbered in the order of their calls.
   """
   stages = len({p.split('/')[0] for p in paths if p.startswith('RefineBlock_')})
   # The network of six stages is the one of five with a stage inserted behind the third, seen from

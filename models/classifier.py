@@ -187,7 +187,7 @@ def get_logit_fn(
 ) -> LogitFn:
   """Returns the classifier as a function `(x, sigma) -> logits` of noisy images.
 
-  There `x` is (B, H, W, C), images in [0, 1] plus noise; it enters the classifier as
+  Here `x` is (B, H, W, C), images in [0, 1] plus noise; it enters the classifier as
   (x - mean) / std. sigma is the standard deviation of the noise, (B,), in units of images in
   [0, 1], and enters unchanged. The logits are (B, num_classes).
 
@@ -210,7 +210,7 @@ def get_classifier_grad_fn(
 ) -> Callable[[Batch, PerExample, Labels], Batch]:
   """Returns the function `(x, sigma, y) -> ` gradient of log p(y | x) in x.
 
-  There x is (B, ...), sigma its noise level, (B,), y a class for each example, (B,), and the
+  Here x is (B, ...), sigma its noise level, (B,), y the class of each example, (B,), and the
   gradient is shaped as x. Added to the score it makes the score of p(x_t | y) (Eq. 14).
 
   Args:
@@ -229,7 +229,7 @@ def classifier_score(
 ) -> Callable[[Batch, PerExample, Labels], Batch]:
   """Returns the function `(x_t, t, y) -> ` gradient of log p(y | x_t) in x_t.
 
-  There x_t is (B, ...), in the range of the scaled data, t is (B,), in [0, T], y has the class of
+  Here x_t is (B, ...), in the range of the scaled data, t is (B,), in [0, T], y has the class of
   each example, (B,), and the gradient is shaped as x_t. Added to the score it makes the score of
   p(x_t | y) (Eq. 14).
 
@@ -309,7 +309,7 @@ def _classifier_info(metadata: Mapping[str, str]) -> dict[str, Any]:
     'sigma_max': _is_number(info['sigma_max']) and info['sigma_max'] > 0,
   }
   if wrong := [f'{name}={ascii(info[name])[:50]}' for name, fit in fits.items() if not fit]:
-    raise ValueError(f'its metadata says {", ".join(wrong)}, which is impossible')
+    raise ValueError(f'its metadata says {", ".join(wrong)}, which cannot be')
   if info['sigma_min'] >= info['sigma_max']:
     raise ValueError(f'its sigma_min is {info["sigma_min"]}, its sigma_max {info["sigma_max"]}')
   return info

@@ -109,7 +109,7 @@ def get_model_fn(
 ) -> Callable[..., tuple[Batch, PyTree]]:
   """Returns the network as a function `(x, labels, rng=None) -> (output, new model state)`.
 
-  There `x` and the output are (B, ...), `labels` are the times or noise levels that the network is
+  Here `x` and the output are (B, ...), `labels` are the times or noise levels that the network is
   conditioned on, (B,), and `rng` is the key of dropout.
 
   Args:

@@ -1,4 +1,4 @@
-"""What data sets are made of: examples, sources of them, and the registry of data sets."""
+"""The parts of data sets: examples, sources of them, and the registry of data sets."""
 
 import pathlib
 from typing import Protocol, runtime_checkable
