@@ -1,21 +1,30 @@
-"""Controllable generation (section 5, appendix I): the tasks of `--mode=sample`, PC factories.
+"""Controllable generation: the tasks of `--mode=sample`, and the factories of the 2021 code.
 
-A task makes a condition of test images, labels and settings; register one and `sampling.task` names
-it. The conditions themselves, which work with every sampler, come from `samplers/conditions.py`.
+A task makes a condition from test images, labels and settings. Once it is registered,
+`sampling.task` selects it by its name. The conditions themselves, which work with every sampler,
+are in `samplers/conditions.py`.
+
+Sections and equation numbers are those of Song et al., "Score-based generative modeling through
+stochastic differential equations", ICLR 2021, https://arxiv.org/abs/2011.13456, which treats
+controllable generation in section 5 and appendix I.
 """
 
 import abc
+import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
+from ml_collections import ConfigDict
 
 import sampling
 from models.classifier import classifier_score, get_logit_fn, load_classifier
+from runtime.array_types import Array, Images, Labels, RandomKey, Scaler
 from runtime.errors import UserError
 from runtime.registry import Registry
 from samplers.conditions import (
@@ -29,19 +38,23 @@ from samplers.conditions import (
   inpainting,
   super_resolution,
 )
-from sampling import Condition, Corrector, Predictor
+from sampling import Condition, Corrector, Predictor, SamplingFn
 from sde_lib import SDE
 from train_state import State
 
-Scaler = Callable[[jax.Array], jax.Array]
+PyTree = Any
+Index = Int[np.ndarray, 'B']
+Region = Float[np.ndarray, 'H W']
 
 __all__ = [
   'ClassConditional',
   'ClassGuidance',
   'Colorize',
   'FromBlocks',
+  'GuidedPCSettings',
   'Imputation',
   'Inpaint',
+  'PCSettings',
   'PosteriorGuidance',
   'SamplingTask',
   'SuperResolution',
@@ -64,55 +77,60 @@ register_task = _TASKS.register
 
 
 class SamplingTask(abc.ABC):
-  """What `--mode=sample` draws: a condition made of test images and labels.
+  """A task of `--mode=sample`, which makes a condition from test images and labels.
 
   Attributes:
-    uses_images: whether it needs the data set.
+    uses_images: whether the task needs test images.
 
   Args:
-    config: reads `sampling` and what the task needs.
+    config: the configuration, of which `sampling` and what the task needs are read.
     sde: the forward SDE.
     inverse_scaler: from the network's range to [0, 1].
   """
 
-  uses_images = False
+  uses_images: bool = False
 
-  def __init__(self, config: Any, sde: SDE, inverse_scaler: Scaler):
+  def __init__(self, config: ConfigDict, sde: SDE, inverse_scaler: Scaler):
     self.settings = config.sampling
     self.sde = sde
 
   @abc.abstractmethod
-  def condition(self, images: jax.Array, labels: jax.Array) -> Condition:
-    """The condition for images (B, H, W, C), in the network's range, and their labels (B,)."""
+  def condition(self, images: Images, labels: Labels) -> Condition:
+    """The condition from images, (B, H, W, C), in the network's range, and labels, (B,)."""
 
-  def labels(self, index: np.ndarray) -> np.ndarray:
-    """The labels of the samples number `index`, for tasks that use no test images."""
+  def labels(self, index: Index) -> Index:
+    """The labels of the samples numbered `index`, both (B,), for tasks that use no test images.
+
+    By default they are -1, which stands for no label.
+    """
     return np.full(len(index), -1)
 
-  def observed(self, condition: Condition, images: jax.Array) -> jax.Array:
-    """What of the images the condition knows, as images, for tasks that use test images."""
+  def observed(self, condition: Condition, images: Images) -> Images:
+    """The observed part of `images`, as images (B, H, W, C), for tasks that use test images."""
     return images
 
 
 @register_task(name='unconditional')
 class Unconditional(SamplingTask):
-  """Samples of the model."""
+  """Unconditional samples."""
 
-  def condition(self, images, labels):
+  def condition(self, images: Images, labels: Labels) -> Condition:
+    """No conditioning."""
     return Condition()
 
 
 class _ImputationTask(SamplingTask):
-  """Images of which a `Imputation` is given."""
+  """A task that observes some coordinates of test images, by an `Imputation`."""
 
   uses_images = True
 
-  def observed(self, condition, images):
+  def observed(self, condition: Condition, images: Images) -> Images:
+    """The observed coordinates of `images`, (B, H, W, C); the others are those of a dark image."""
     return condition.finish(jnp.full_like(images, jnp.min(images)))
 
 
-def _regions(size: int) -> dict[str, np.ndarray]:
-  """Known pixels, (H, W), by the name of what is to be drawn."""
+def _regions(size: int) -> dict[str, Region]:
+  """The masks of observed pixels, (size, size), by the name of the region to be drawn."""
   known = {}
   for name, index in {
     'right': np.s_[:, size // 2 :],
@@ -129,9 +147,13 @@ def _regions(size: int) -> dict[str, np.ndarray]:
 
 @register_task(name='inpaint')
 class Inpaint(_ImputationTask):
-  """Draws the part of the image that `sampling.mask` names."""
+  """Inpainting: draws the region of test images that `sampling.mask` names.
 
-  def __init__(self, config, sde, inverse_scaler):
+  Raises:
+    UserError: if no region has that name.
+  """
+
+  def __init__(self, config: ConfigDict, sde: SDE, inverse_scaler: Scaler):
     super().__init__(config, sde, inverse_scaler)
     regions = _regions(config.data.image_size)
     if self.settings.mask not in regions:
@@ -140,36 +162,52 @@ class Inpaint(_ImputationTask):
       )
     self.mask = regions[self.settings.mask][None, :, :, None]
 
-  def condition(self, images, labels):
+  def condition(self, images: Images, labels: Labels) -> Condition:
+    """The condition that the other pixels of `images`, (B, H, W, C), are observed."""
     return inpainting(self.sde, images, self.mask)
 
 
 @register_task(name='colorize')
 class Colorize(_ImputationTask):
-  """Gives colours to the mean over the channels."""
+  """Colorization: draws the colours of test images from their mean over the channels."""
 
-  def condition(self, images, labels):
+  def condition(self, images: Images, labels: Labels) -> Condition:
+    """The condition that the mean over the channels of `images`, (B, H, W, C), is observed.
+
+    Raises:
+      UserError: if the images have one channel.
+    """
     if images.shape[-1] == 1:
       raise UserError(
-        'sampling.task=colorize needs images in colour, data.num_channels=3: these have one '
-        'channel.'
+        'sampling.task=colorize needs images in colour, data.num_channels=3, but these have one '
+        'channel: choose another task or data set.'
       )
     return colorization(self.sde, images)
 
 
 @register_task(name='superres')
 class SuperResolution(_ImputationTask):
-  """Sharpens images of which the means of blocks are given."""
+  """Super-resolution: draws test images from the means of their blocks of pixels."""
 
-  def condition(self, images, labels):
+  def condition(self, images: Images, labels: Labels) -> Condition:
+    """The condition that the means over blocks of `images`, (B, H, W, C), are observed.
+
+    Raises:
+      UserError: if the blocks do not fit the images.
+    """
     return super_resolution(self.sde, images, self.settings.superres_factor)
 
 
 @register_task(name='class')
 class ClassConditional(SamplingTask):
-  """Images of the class `sampling.label`, or of all classes in turn."""
+  """Images of the class `sampling.label`, or of all classes in turn if it is -1 (Eq. 14).
 
-  def __init__(self, config, sde, inverse_scaler):
+  Raises:
+    UserError: if the classifier cannot be read or is for images of another shape, or if it has no
+      such class.
+  """
+
+  def __init__(self, config: ConfigDict, sde: SDE, inverse_scaler: Scaler):
     super().__init__(config, sde, inverse_scaler)
     trained = load_classifier(config.classifier.checkpoint)
     data = config.data
@@ -183,155 +221,209 @@ class ClassConditional(SamplingTask):
     self.num_classes = trained.module.num_classes
     if not -1 <= self.settings.label < self.num_classes:
       raise UserError(
-        f'sampling.label={self.settings.label} must be a class, 0 to {self.num_classes - 1}, or -1 '
-        f'for all in turn.'
+        f'sampling.label={self.settings.label} must be a class from 0 to {self.num_classes - 1}: '
+        f'set it to one, or to -1 for all in turn.'
       )
     self.class_score = classifier_score(sde, trained.logits, inverse_scaler)
 
-  def labels(self, index):
+  def labels(self, index: Index) -> Index:
+    """The classes of the samples numbered `index`, both (B,)."""
     if self.settings.label >= 0:
       return np.full(len(index), self.settings.label)
     return index % self.num_classes
 
-  def condition(self, images, labels):
+  def condition(self, images: Images, labels: Labels) -> Condition:
+    """The condition that images are of the classes `labels`, (B,)."""
     return ClassGuidance(
       labels=labels, class_score=self.class_score, scale=self.settings.guidance_scale
     )
 
 
-def check(config: Any) -> None:
-  """Raises `UserError` for a task that does not exist."""
+def check(config: ConfigDict) -> None:
+  """Checks the name of the task.
+
+  Raises:
+    UserError: if `sampling.task` is not the name of a task.
+  """
   _TASKS.get(config.sampling.task)
 
 
-def get_task(config: Any, sde: SDE, inverse_scaler: Scaler) -> SamplingTask:
-  """The task that `sampling.task` names.
+def get_task(config: ConfigDict, sde: SDE, inverse_scaler: Scaler) -> SamplingTask:
+  """The task that `sampling.task` names; the arguments are those of `SamplingTask`.
 
   Raises:
-    UserError: for an unknown one, or settings that it cannot do.
+    UserError: if the name is unknown or the task refuses its settings.
   """
   return _TASKS.get(config.sampling.task)(config, sde, inverse_scaler)
 
 
-def _pc_sampler_of_any_batch(
-  sde: SDE,
-  model: nn.Module,
-  predictor: type[Predictor] | None,
-  corrector: type[Corrector] | None,
-  inverse_scaler: Scaler,
-  *settings: Any,
-) -> Callable[[jax.Array, State, tuple[int, ...], Condition], jax.Array]:
-  """A PC sampler that is built anew for each shape that it meets."""
-
-  @functools.cache
-  def sampler_of(shape):
-    return sampling.get_pc_sampler(
-      sde, model, shape, predictor, corrector, inverse_scaler, *settings
-    )
-
-  return lambda rng, state, shape, condition: sampler_of(shape)(rng, state, None, condition)[0]
+# The factories of the 2021 code.
 
 
-def get_pc_inpainter(
-  sde: SDE,
-  model: nn.Module,
-  predictor: type[Predictor] | None,
-  corrector: type[Corrector] | None,
-  inverse_scaler: Scaler,
-  snr: float,
-  n_steps: int = 1,
-  probability_flow: bool = False,
-  continuous: bool = False,
-  denoise: bool = True,
-  eps: float = 1e-5,
-) -> Callable[[jax.Array, State, jax.Array, jax.Array], jax.Array]:
-  """The function `(rng, state, data, mask) -> images` that fills in where `mask` is zero.
+@dataclasses.dataclass(frozen=True)
+class PCSettings:
+  """The last arguments of the three factories below, in the order of the 2021 code.
 
-  `data` (B, H, W, C) are in the network's range; `mask` broadcasts to them. With `denoise`, known
-  pixels come back exactly; without it, with the noise of the last update, as the reference has it.
-  The other arguments are those of `sampling.get_pc_sampler`.
+  They are those of `sampling.get_pc_sampler`, but `eps` has another default.
+
+  Attributes:
+    predictor: a `Predictor` class; None for `NonePredictor`.
+    corrector: a `Corrector` class; None for `NoneCorrector`.
+    inverse_scaler: from the network's range to [0, 1].
+    snr: the signal-to-noise ratio of the corrector.
+    n_steps: the number of corrector steps before each predictor step.
+    probability_flow: whether the predictor solves the probability flow ODE (Eq. 13).
+    continuous: whether the network was trained on continuous time.
+    denoise: whether to return the last update without its noise.
+    eps: the last time.
   """
-  settings = snr, n_steps, probability_flow, continuous, denoise, eps
-  sampler = _pc_sampler_of_any_batch(sde, model, predictor, corrector, inverse_scaler, *settings)
 
-  def inpainter(rng, state, data, mask):
-    condition = inpainting(sde, data, mask).replace(exact=denoise)
+  predictor: type[Predictor] | None
+  corrector: type[Corrector] | None
+  inverse_scaler: Scaler
+  snr: float
+  n_steps: int = 1
+  probability_flow: bool = False
+  continuous: bool = False
+  denoise: bool = True
+  eps: float = 1e-5
+
+  def sampler(
+    self, sde: SDE, model: nn.Module
+  ) -> Callable[[RandomKey, State, tuple[int, ...], Condition], Images]:
+    """The function `(rng, state, shape, condition) -> images`, compiled once for each shape."""
+
+    @functools.cache
+    def sampler_of(shape: tuple[int, ...]) -> SamplingFn:
+      return sampling.get_pc_sampler(
+        sde,
+        model,
+        shape,
+        self.predictor,
+        self.corrector,
+        self.inverse_scaler,
+        self.snr,
+        self.n_steps,
+        self.probability_flow,
+        self.continuous,
+        self.denoise,
+        self.eps,
+      )
+
+    def sample(
+      rng: RandomKey, state: State, shape: tuple[int, ...], condition: Condition
+    ) -> Images:
+      return sampler_of(shape)(rng, state, condition=condition)[0]
+
+    return sample
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidedPCSettings(PCSettings):
+  """The last arguments of `get_pc_conditional_sampler`.
+
+  Attributes:
+    scale: the factor of the classifier's gradient.
+  """
+
+  scale: float = 1.0
+
+
+def _takes(cls: type[PCSettings]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+  """Replaces the last argument of a factory, `settings`, by the fields of `cls`.
+
+  So the fields are written once, and every factory keeps the signature that it had in 2021.
+  """
+
+  def decorate(factory: Callable[..., Any]) -> Callable[..., Any]:
+    own = inspect.signature(factory)
+    fields = inspect.signature(cls).parameters
+    signature = own.replace(parameters=[*list(own.parameters.values())[:-1], *fields.values()])
+
+    @functools.wraps(factory)
+    def with_fields(*args: Any, **kwargs: Any) -> Any:
+      arguments = signature.bind(*args, **kwargs).arguments
+      settings = {name: arguments.pop(name) for name in fields if name in arguments}
+      return factory(**arguments, settings=cls(**settings))
+
+    with_fields.__signature__ = signature
+    return with_fields
+
+  return decorate
+
+
+@_takes(PCSettings)
+def get_pc_inpainter(
+  sde: SDE, model: nn.Module, settings: PCSettings
+) -> Callable[[RandomKey, State, Images, Array], Images]:
+  """The function `(rng, state, data, mask) -> images` that draws the pixels where `mask` is zero.
+
+  `data`, (B, H, W, C), are in the network's range; `mask` broadcasts to them. With `denoise`, known
+  pixels come back exactly; otherwise with the noise of the last update, as in the 2021 code.
+
+  Args:
+    sde: the forward SDE; `sde.N` is the number of steps.
+    model: the network.
+    settings: the fields of `PCSettings`, each as an argument of its own.
+  """
+  sampler = settings.sampler(sde, model)
+
+  def inpainter(rng: RandomKey, state: State, data: Images, mask: Array) -> Images:
+    condition = inpainting(sde, data, mask).replace(exact=settings.denoise)
     return sampler(rng, state, data.shape, condition)
 
   return inpainter
 
 
+@_takes(PCSettings)
 def get_pc_colorizer(
-  sde: SDE,
-  model: nn.Module,
-  predictor: type[Predictor] | None,
-  corrector: type[Corrector] | None,
-  inverse_scaler: Scaler,
-  snr: float,
-  n_steps: int = 1,
-  probability_flow: bool = False,
-  continuous: bool = False,
-  denoise: bool = True,
-  eps: float = 1e-5,
-) -> Callable[[jax.Array, State, jax.Array], jax.Array]:
-  """The function `(rng, state, gray) -> images` that gives colours to gray-scale images.
+  sde: SDE, model: nn.Module, settings: PCSettings
+) -> Callable[[RandomKey, State, Images], Images]:
+  """The function `(rng, state, gray) -> images` that draws the colours of gray-scale images.
 
-  `gray` (B, H, W, C) are in the network's range, with equal channels. With `denoise`, their mean
-  over the channels comes back exactly; without it, with the noise of the last update, as the
-  reference has it. The other arguments are those of `sampling.get_pc_sampler`.
+  `gray`, (B, H, W, C), are in the network's range, with equal channels. With `denoise`, their mean
+  over the channels comes back exactly; otherwise with the noise of the last update, as in the 2021
+  code.
+
+  Args:
+    sde: the forward SDE; `sde.N` is the number of steps.
+    model: the network.
+    settings: the fields of `PCSettings`, each as an argument of its own.
   """
-  settings = snr, n_steps, probability_flow, continuous, denoise, eps
-  sampler = _pc_sampler_of_any_batch(sde, model, predictor, corrector, inverse_scaler, *settings)
+  sampler = settings.sampler(sde, model)
 
-  def colorizer(rng, state, gray):
-    condition = colorization(sde, gray).replace(exact=denoise)
+  def colorizer(rng: RandomKey, state: State, gray: Images) -> Images:
+    condition = colorization(sde, gray).replace(exact=settings.denoise)
     return sampler(rng, state, gray.shape, condition)
 
   return colorizer
 
 
+@_takes(GuidedPCSettings)
 def get_pc_conditional_sampler(
   sde: SDE,
   score_model: nn.Module,
   classifier: nn.Module,
-  classifier_params: Any,
+  classifier_params: PyTree,
   shape: tuple[int, ...],
-  predictor: type[Predictor] | None,
-  corrector: type[Corrector] | None,
-  inverse_scaler: Scaler,
-  snr: float,
-  n_steps: int = 1,
-  probability_flow: bool = False,
-  continuous: bool = False,
-  denoise: bool = True,
-  eps: float = 1e-5,
-  scale: float = 1.0,
-) -> Callable[[jax.Array, State, jax.Array], jax.Array]:
-  """The function `(rng, state, labels) -> images` of the given classes (Eq. 14).
+  settings: GuidedPCSettings,
+) -> Callable[[RandomKey, State, Labels], Images]:
+  """The function `(rng, state, labels) -> images` of the classes `labels`, (B,) (Eq. 14).
 
   Args:
-    sde: the forward SDE.
+    sde: the forward SDE; `sde.N` is the number of steps.
     score_model: the score network.
     classifier: a noise-conditional classifier, see `models.classifier.create_classifier`.
     classifier_params: its parameters.
     shape: (B, H, W, C) over all devices.
-    predictor: as the arguments that follow, of `sampling.get_pc_sampler`.
-    corrector: a `Corrector` class; None for none.
-    inverse_scaler: from the network's range to [0, 1].
-    snr: signal-to-noise ratio of the corrector.
-    n_steps: corrector steps before each predictor step.
-    probability_flow: solve the probability flow ODE with the predictor.
-    continuous: whether the score network was trained on continuous time.
-    denoise: return the last step without its noise.
-    eps: the last time.
-    scale: of the guidance.
+    settings: the fields of `GuidedPCSettings`, each as an argument of its own.
   """
   logit_fn = get_logit_fn(classifier, classifier_params)
-  class_score = classifier_score(sde, logit_fn, inverse_scaler)
-  settings = snr, n_steps, probability_flow, continuous, denoise, eps
-  sampler = _pc_sampler_of_any_batch(
-    sde, score_model, predictor, corrector, inverse_scaler, *settings
-  )
-  return lambda rng, state, labels: sampler(
-    rng, state, shape, ClassGuidance(labels=labels, class_score=class_score, scale=scale)
-  )
+  class_score = classifier_score(sde, logit_fn, settings.inverse_scaler)
+  sampler = settings.sampler(sde, score_model)
+
+  def conditional_sampler(rng: RandomKey, state: State, labels: Labels) -> Images:
+    condition = ClassGuidance(labels=labels, class_score=class_score, scale=settings.scale)
+    return sampler(rng, state, shape, condition)
+
+  return conditional_sampler

@@ -1,11 +1,16 @@
 """Training objectives, and one training or evaluation step.
 
-Every loss function has the form `loss_fn(rng, params, states, batch) -> (loss, new states)`, where
-`batch` is {'image': (B, H, W, C)} in the range that the network expects; evaluation adds
-{'weight': (B,)}, zero for examples that do not count.
+Every loss function has the form `loss_fn(rng, params, states, batch) -> (loss, new states)`. The
+loss is a scalar. `batch` is {'image': (B, H, W, C)} with images in the network's range; evaluation
+adds {'weight': (B,)}, which is zero for examples that do not count.
+
+Equation numbers are those of Song et al., "Score-based generative modeling through stochastic
+differential equations", ICLR 2021, https://arxiv.org/abs/2011.13456. Likelihood weighting is from
+Song, Durkan, Murray and Ermon, "Maximum likelihood training of score-based diffusion models",
+NeurIPS 2021, https://arxiv.org/abs/2101.09258.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +19,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from models import utils as mutils
+from runtime.array_types import Array, Batch, PerExample, RandomKey, Scalar
 from runtime.errors import UserError
 from sde_lib import SDE, VESDE, VPSDE, batch_mul
 from train_state import State, get_optimizer, optimization_manager, register_optimizer
@@ -34,24 +40,26 @@ __all__ = [
 ]
 
 PyTree = Any
-LossFn = Callable[[jax.Array, PyTree, PyTree, dict[str, jax.Array]], tuple[jax.Array, PyTree]]
-Carry = tuple[jax.Array, State]
-StepFn = Callable[[Carry, dict[str, jax.Array]], tuple[Carry, jax.Array]]
+Examples = Mapping[str, Array]
+LossFn = Callable[[RandomKey, PyTree, PyTree, Examples], tuple[Scalar, PyTree]]
+Carry = tuple[RandomKey, State]
+StepFn = Callable[[Carry, Examples], tuple[Carry, Scalar]]
 
 
-def _reduce(squares: jax.Array, reduce_mean: bool) -> jax.Array:
-  """Per example, (B,): the mean over pixels, or half their sum."""
+def _reduce(squares: Batch, reduce_mean: bool) -> PerExample:
+  """The mean over the entries of each example, or half their sum."""
   squares = squares.reshape(squares.shape[0], -1)
   return jnp.mean(squares, axis=-1) if reduce_mean else 0.5 * jnp.sum(squares, axis=-1)
 
 
-def _batch_mean(losses: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-  """The mean over examples; `weight` of the batch, if it is there, leaves some out."""
+def _batch_mean(losses: PerExample, batch: Examples) -> Scalar:
+  """The mean over examples, weighted by `batch['weight']` if the batch has it."""
   return jnp.average(losses, weights=batch.get('weight'))
 
 
-def _draws(rng: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _draws(rng: RandomKey) -> tuple[RandomKey, RandomKey, RandomKey]:
   """Keys for the time, the noise and the dropout."""
+  # The order of the splits is part of every recorded loss.
   rng, time_rng = jax.random.split(rng)
   rng, noise_rng = jax.random.split(rng)
   _, dropout_rng = jax.random.split(rng)
@@ -70,19 +78,21 @@ def get_sde_loss_fn(
   """Denoising score matching over continuous time (Eq. 7).
 
   E_t E_{x_t} lambda(t) ||s(x_t, t) - grad log p(x_t | x_0)||^2, where t is uniform in [eps, T] and
-  lambda is the variance of the marginal, or g(t)^2 with `likelihood_weighting`.
+  lambda(t) is the variance of p(x_t | x_0), or g(t)^2 with `likelihood_weighting`.
 
   Args:
     sde: the forward SDE.
     model: the network.
     train: whether dropout is on.
-    reduce_mean: average over pixels; else half the sum.
+    reduce_mean: whether to average over the entries of an image; otherwise half their sum is taken.
     continuous: whether the network takes continuous time.
-    likelihood_weighting: weigh by g(t)^2 (Song et al. 2021, "Maximum likelihood training").
-    eps: smallest time.
+    likelihood_weighting: whether to weight by g(t)^2 (Song, Durkan et al. 2021).
+    eps: the smallest time.
   """
 
-  def loss_fn(rng, params, states, batch):
+  def loss_fn(
+    rng: RandomKey, params: PyTree, states: PyTree, batch: Examples
+  ) -> tuple[Scalar, PyTree]:
     data = batch['image']
     time_rng, noise_rng, dropout_rng = _draws(rng)
     t = jax.random.uniform(time_rng, (data.shape[0],), minval=eps, maxval=sde.T)
@@ -103,11 +113,25 @@ def get_sde_loss_fn(
 
 
 def get_discrete_loss_fn(
-  sde: SDE, model: nn.Module, train: bool, reduce_mean: bool = False
+  sde: SDE, model: nn.Module, train: bool, *, reduce_mean: bool = False
 ) -> LossFn:
-  """The objective of the discrete chain that `sde.perturb_discrete` defines."""
+  """The objective of the discrete chain that `sde.perturb_discrete` defines.
 
-  def loss_fn(rng, params, states, batch):
+  It is E_i weight_i ||network(x_i, i) - target_i||^2 with i uniform in 0...N-1.
+
+  Args:
+    sde: the forward SDE.
+    model: the network.
+    train: whether dropout is on.
+    reduce_mean: whether to average over the entries of an image; otherwise half their sum is taken.
+
+  Raises:
+    UserError: when the loss is evaluated, if the SDE has no discrete counterpart.
+  """
+
+  def loss_fn(
+    rng: RandomKey, params: PyTree, states: PyTree, batch: Examples
+  ) -> tuple[Scalar, PyTree]:
     data = batch['image']
     label_rng, noise_rng, dropout_rng = _draws(rng)
     labels = jax.random.randint(label_rng, (data.shape[0],), 0, sde.N)
@@ -124,15 +148,21 @@ def get_discrete_loss_fn(
 def get_smld_loss_fn(
   vesde: VESDE, model: nn.Module, train: bool, reduce_mean: bool = False
 ) -> LossFn:
-  """The SMLD objective (Eq. 1): the network predicts the score at each of N noise levels."""
-  return get_discrete_loss_fn(vesde, model, train, reduce_mean)
+  """The SMLD objective (Eq. 1): the network predicts the score at each of N noise levels.
+
+  The arguments are those of `get_discrete_loss_fn`.
+  """
+  return get_discrete_loss_fn(vesde, model, train, reduce_mean=reduce_mean)
 
 
 def get_ddpm_loss_fn(
   vpsde: VPSDE, model: nn.Module, train: bool, reduce_mean: bool = True
 ) -> LossFn:
-  """The DDPM objective (Eq. 3): the network predicts the noise at each of N steps."""
-  return get_discrete_loss_fn(vpsde, model, train, reduce_mean)
+  """The DDPM objective (Eq. 3): the network predicts the noise at each of N steps.
+
+  The arguments are those of `get_discrete_loss_fn`, but `reduce_mean` is on by default.
+  """
+  return get_discrete_loss_fn(vpsde, model, train, reduce_mean=reduce_mean)
 
 
 def get_step_fn(
@@ -147,19 +177,21 @@ def get_step_fn(
   """One training or evaluation step, `step_fn((rng, state), batch) -> ((rng, state), loss)`.
 
   It is a pure function of one global batch: jit it with the batch sharded. Evaluation uses the
-  EMA parameters and leaves the state as it is.
+  EMA parameters and leaves the state unchanged.
 
   Args:
     sde: the forward SDE.
     model: the network.
-    train: train or evaluate.
-    optimize_fn: what `optimization_manager` returns; needed to train.
-    reduce_mean: average the loss over pixels; else half the sum.
-    continuous: the objective over continuous time; else the SDE's discrete one.
-    likelihood_weighting: weigh by g(t)^2; continuous only.
+    train: whether the step trains or evaluates.
+    optimize_fn: the return value of `optimization_manager`; required to train.
+    reduce_mean: whether to average over the entries of an image; otherwise half their sum is taken.
+    continuous: whether to take the objective over continuous time (Eq. 7); otherwise the discrete
+      one of the SDE is taken (Eq. 1 or 3).
+    likelihood_weighting: whether to weight by g(t)^2; only with `continuous`.
 
   Raises:
-    UserError: likelihood weighting of a discrete objective, or an SDE that has none.
+    UserError: if a discrete objective is to have likelihood weighting; when the step is run, if the
+      SDE has no discrete objective.
   """
   if continuous:
     loss_fn = get_sde_loss_fn(
@@ -167,13 +199,13 @@ def get_step_fn(
     )
   elif likelihood_weighting:
     raise UserError(
-      'training.likelihood_weighting=True needs training.continuous=True: '
-      'the discrete objectives have weights of their own.'
+      'training.likelihood_weighting=True needs training.continuous=True, because discrete '
+      'objectives have weights of their own: change one of the two settings.'
     )
   else:
-    loss_fn = get_discrete_loss_fn(sde, model, train, reduce_mean)
+    loss_fn = get_discrete_loss_fn(sde, model, train, reduce_mean=reduce_mean)
 
-  def step_fn(carry, batch):
+  def step_fn(carry: Carry, batch: Examples) -> tuple[Carry, Scalar]:
     rng, state = carry
     rng, step_rng = jax.random.split(rng)
     if not train:
@@ -187,8 +219,12 @@ def get_step_fn(
   return step_fn
 
 
-def build_step_fn(config: ConfigDict, sde: SDE, model: nn.Module, train: bool) -> StepFn:
-  """`get_step_fn` as `config.training` and `config.optim` ask."""
+def build_step_fn(config: ConfigDict, sde: SDE, model: nn.Module, *, train: bool) -> StepFn:
+  """The step of `get_step_fn` with the settings of `config.training` and `config.optim`.
+
+  Raises:
+    UserError: if the settings contradict each other, or the optimizer is unknown.
+  """
   training = config.training
   return get_step_fn(
     sde,

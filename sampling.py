@@ -1,25 +1,29 @@
-"""Samplers: predictors and correctors (Algorithm 1), the probability flow ODE, few-step methods.
+"""Samplers: predictors and correctors (Algorithm 1), the probability flow ODE, few-step solvers.
 
 A predictor or corrector is a class with `update_fn(rng, x, t) -> (x, x_mean)`, where `x_mean` is
-`x` before the noise of the step is added. Register one and its name works in every configuration:
+`x` before the noise of the step is added. Once it is registered, its name works in every
+configuration:
 
   @register_predictor(name='my_predictor')
   class MyPredictor(Predictor):
     def update_fn(self, rng, x, t): ...
 
-A `Sampler` is a whole way of sampling, cut into steps; a `Condition` is what the samples shall
-fulfil. The names below come from the room `samplers/`, whose methods are all registered by
-importing this module.
+A `Sampler` is a sampling algorithm in steps; a `Condition` is the conditioning of its samples. The
+names below come from the package `samplers`. Importing this module registers all of its samplers.
+
+Algorithm 1 is that of Song et al., "Score-based generative modeling through stochastic differential
+equations", ICLR 2021, https://arxiv.org/abs/2011.13456. NFE is the number of function evaluations,
+that is, of calls of the network.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from runtime.array_types import RandomKey, Scaler
 from samplers.base import (
   _CORRECTORS,
   _PREDICTORS,
@@ -114,58 +118,84 @@ __all__ = [
 ]
 
 
-def get_sampler(config: Any, sde: SDE, eps: float | None = None) -> Sampler:
-  """The way of sampling that `config.sampling` describes; `eps` is as in `get_sampling_fn`."""
+def get_sampler(config: ConfigDict, sde: SDE, eps: float | None = None) -> Sampler:
+  """The sampler that `config.sampling` describes; the arguments are those of `get_sampling_fn`.
+
+  Raises:
+    UserError: if a name is unknown or a setting is out of range.
+  """
   make = SAMPLERS.get(config.sampling.method)
   return make(config, sde, sde.sampling_eps if eps is None else eps)
 
 
-def check(config: Any, sde: SDE, condition: Condition | None = None) -> None:
-  """Raises `UserError` for names that do not exist or settings that do not go together.
+def check(config: ConfigDict, sde: SDE, condition: Condition | None = None) -> None:
+  """Checks the settings of a sampler without computing anything.
 
-  Nothing is computed: one step is traced with a score that is none.
+  Two images are traced with a placeholder of the score.
+
+  Args:
+    config: the configuration; `sampling` and the shape of images in `data` are read.
+    sde: the forward SDE.
+    condition: the conditioning of two images; none by default.
+
+  Raises:
+    UserError: if a name is unknown or settings contradict each other.
   """
   data = config.data
   shape = (2, data.image_size, data.image_size, data.num_channels)
-  method, score_fn = get_sampler(config, sde), lambda x, t: -x
-  sample = functools.partial(run, method, score_fn, shape=shape, condition=condition)
+  sampler, score_fn = get_sampler(config, sde), lambda x, t: -x
+  sample = functools.partial(run, sampler, score_fn, shape=shape, condition=condition)
   jax.eval_shape(sample, jax.random.PRNGKey(0))
 
 
-def batch_rng(config: Any, root: jax.Array, number: int, size: int) -> jax.Array:
-  """What a sampler gets for batch `number`: a key, or with `per_image_seeds` one for each image."""
+def batch_rng(config: ConfigDict, root: RandomKey, number: int, *, size: int) -> RandomKey:
+  """The `rng` of a sampler for one batch of many.
+
+  Args:
+    config: the configuration, of which `sampling.per_image_seeds` is read.
+    root: the key of all batches.
+    number: the number of the batch, from 0.
+    size: the number of images in each batch.
+
+  Returns:
+    One key; or with `per_image_seeds` an array of `size` keys, which depend on nothing but the
+    number of the image among all.
+  """
   if not config.sampling.per_image_seeds:
     return jax.random.fold_in(root, number)
   return jax.vmap(jax.random.fold_in, (None, 0))(root, number * size + jnp.arange(size))
 
 
 def get_sampling_fn(
-  config: Any,
+  config: ConfigDict,
   sde: SDE,
   model: nn.Module,
   shape: tuple[int, ...],
-  inverse_scaler: Callable[[jax.Array], jax.Array],
+  inverse_scaler: Scaler,
   eps: float | None = None,
 ) -> SamplingFn:
-  """The sampler that `config.sampling` describes, `(rng, state) -> (samples, network calls)`.
+  """The sampler that `config.sampling` describes, as a function `(rng, state) -> (samples, NFE)`.
 
   Args:
-    config: reads `sampling` and `training.continuous`.
+    config: the configuration, of which `sampling` and `training.continuous` are read.
     sde: the forward SDE.
     model: the network.
     shape: (B, H, W, C) over all devices.
     inverse_scaler: from the network's range to [0, 1].
-    eps: the last time; None takes the SDE's own.
+    eps: the last time; None takes `sde.sampling_eps`.
+
+  Returns:
+    The function that `compile_sampler` returns, see `SamplingFn`.
 
   Raises:
-    UserError: for an unknown method, predictor or corrector, or one that the SDE cannot serve.
+    UserError: if a name is unknown or a setting is out of range.
   """
   return compile_sampler(
     get_sampler(config, sde, eps),
     sde,
     model,
-    shape,
-    inverse_scaler,
-    config.training.continuous,
+    shape=shape,
+    inverse_scaler=inverse_scaler,
+    continuous=config.training.continuous,
     frame_every=config.sampling.trajectory_every,
   )

@@ -1,4 +1,9 @@
-"""The training state: parameters, their moving average, the optimizer, and one update of all."""
+"""The training state: parameters, their moving average, the optimizer, and one update of all.
+
+Optimizers: Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015,
+https://arxiv.org/abs/1412.6980; Loshchilov and Hutter, "Decoupled weight decay regularization",
+ICLR 2019, https://arxiv.org/abs/1711.05101.
+"""
 
 import functools
 from collections.abc import Callable
@@ -13,6 +18,7 @@ from ml_collections import ConfigDict
 
 from models import utils as mutils
 from models.layers import is_frequency
+from runtime.array_types import RandomKey
 from runtime.registry import Registry
 
 PyTree = Any
@@ -26,15 +32,16 @@ class State:
   """Everything that training changes.
 
   Attributes:
-    step: optimizer steps taken.
-    params: parameters.
-    params_ema: their exponential moving average; sampling and evaluation use these.
-    opt_state: moments and counters of the optimizer.
-    model_state: mutable collections of the network.
-    ema_rate: decay of the moving average per step.
+    step: the number of optimizer steps taken, a scalar.
+    params: the parameters.
+    params_ema: their exponential moving average, which sampling and evaluation use.
+    opt_state: the moments and counters of the optimizer.
+    model_state: the mutable collections of the network other than the parameters.
+    ema_rate: the decay of the moving average per step.
   """
 
-  step: PyTree  # an array, or its shape
+  # All but `ema_rate` are trees, whose leaves JAX replaces by shapes, shardings and the like.
+  step: PyTree
   params: PyTree
   params_ema: PyTree
   opt_state: PyTree
@@ -42,20 +49,20 @@ class State:
   ema_rate: float = flax.struct.field(pytree_node=False, default=0.9999)
 
 
-def init_state(rng: jax.Array, config: ConfigDict) -> tuple[nn.Module, State]:
-  """The network that `config` describes and the state that training starts from."""
+def init_state(rng: RandomKey, config: ConfigDict) -> tuple[nn.Module, State]:
+  """The network that `config` describes, and the initial training state drawn with `rng`."""
   model, model_state, params = mutils.init_model(rng, config)
   return model, first_state(config, model_state, params)
 
 
 def abstract_state(config: ConfigDict) -> tuple[nn.Module, State]:
-  """What `init_state` returns, with shapes in place of arrays."""
+  """The network and the state of `init_state`, with shapes in place of arrays."""
   model, model_state, params = mutils.abstract_model(config)
   return model, jax.eval_shape(functools.partial(first_state, config), model_state, params)
 
 
 def first_state(config: ConfigDict, model_state: PyTree, params: PyTree) -> State:
-  """The state that training starts from, with these parameters."""
+  """The initial training state with these parameters and other collections of the network."""
   return State(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -70,18 +77,21 @@ def first_state(config: ConfigDict, model_state: PyTree, params: PyTree) -> Stat
 def adam(learning_rate: optax.Schedule, optim: ConfigDict) -> optax.GradientTransformation:
   """The Adam of `flax.optim`, which the published models were trained with.
 
-  p <- p - lr (m_hat / (sqrt(v_hat) + eps) + weight_decay p): its decay is decoupled, as AdamW's is,
-  and takes all parameters but the Fourier frequencies, which no training changes.
+  p <- p - lr (m_hat / (sqrt(v_hat) + eps) + weight_decay p). The weight decay is decoupled, as in
+  AdamW, and applies to all parameters but the Fourier frequencies, which are never trained.
+
+  Args:
+    learning_rate: lr as a function of the step.
+    optim: `config.optim`, of which beta1, eps and weight_decay are read.
   """
   return _adam(learning_rate, optim, decayed=lambda path, x: not is_frequency(path, x))
 
 
 @register_optimizer(name='AdamW')
 def adamw(learning_rate: optax.Schedule, optim: ConfigDict) -> optax.GradientTransformation:
-  """Adam with decoupled weight decay of the kernels: no biases, scales or Fourier frequencies.
+  """AdamW, whose weight decay leaves out biases, scales and Fourier frequencies.
 
-  Loshchilov and Hutter, "Decoupled weight decay regularization",
-  https://arxiv.org/abs/1711.05101.
+  The update is that of `adam`. The arguments are those of `adam`.
   """
   return _adam(learning_rate, optim, decayed=lambda path, x: x.ndim > 1)
 
@@ -102,7 +112,11 @@ def _adam(
 def get_optimizer(config: ConfigDict) -> optax.GradientTransformation:
   """Gradient clipping, then the configured optimizer with linear warm-up of its learning rate.
 
-  The learning rate of step k, counted from 0, is lr min(k / warmup, 1).
+  The learning rate of step k, counted from 0, is lr min(k / warmup, 1). A gradient whose norm
+  exceeds `optim.grad_clip` is scaled down to it; a negative value turns clipping off.
+
+  Raises:
+    UserError: if the name of the optimizer is unknown.
   """
   optim = config.optim
   make = _OPTIMIZERS.get(optim.optimizer)
@@ -116,13 +130,20 @@ def get_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def optimization_manager(config: ConfigDict) -> Callable[[State, PyTree], State]:
-  """The function `optimize_fn(state, grad) -> state` that moves parameters, EMA and step by one."""
+  """The function `optimize_fn(state, grad) -> state` that does one step of the optimizer.
+
+  It updates the parameters, then their moving average,
+  params_ema <- rate params_ema + (1 - rate) params, and the counter of steps.
+
+  Raises:
+    UserError: if the name of the optimizer is unknown.
+  """
   optimizer = get_optimizer(config)
 
   def optimize_fn(state: State, grad: PyTree) -> State:
     updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # In single precision, so that the two weights add up to one exactly.
+    # In single precision, because rate and 1 - rate then add up to one exactly.
     rate = jnp.asarray(state.ema_rate, jnp.float32)
     params_ema = jax.tree.map(lambda e, p: e * rate + p * (1 - rate), state.params_ema, params)
     return state.replace(
@@ -133,5 +154,5 @@ def optimization_manager(config: ConfigDict) -> Callable[[State, PyTree], State]
 
 
 def weights_only(like: State) -> State:
-  """The part of a state that sampling and evaluation use: the EMA, without optimizer state."""
+  """The state that sampling and evaluation use: only the EMA parameters, no optimizer state."""
   return like.replace(params=None, opt_state=None)

@@ -187,7 +187,7 @@ class BitsPerDim(Evaluation):
     self.source = self._dataset.source
     self._repeats = config.eval.bpd_repeats or {'train': 1, 'test': 5}[self._split]
     inverse_scaler = datasets.get_data_inverse_scaler(config)
-    self._likelihood_fn = likelihood.from_config(config, sde, model, inverse_scaler)
+    self._likelihood_fn = likelihood.from_config(config, sde, model, inverse_scaler=inverse_scaler)
 
   def _files(self, number: int) -> list[pathlib.Path]:
     rounds = self._repeats * len(self._dataset)
@@ -261,7 +261,7 @@ class Samples(Evaluation):
   def _reads(self, config: ConfigDict) -> None:
     """Reads the part of the configuration that samples depend on."""
     sampling.check(config, self.sde)
-    sampling.batch_rng(config, jax.random.PRNGKey(0), 0, 1)
+    sampling.batch_rng(config, jax.random.PRNGKey(0), 0, size=1)
 
   def _files(self, number: int, kind: str) -> list[pathlib.Path]:
     rounds = -(-self._count // self._size)
@@ -281,7 +281,7 @@ class Samples(Evaluation):
     missing = _missing(drawn if self._extractor is None else described)
     for r in _progress(missing, 'samples', drawn, missing):
       if _missing([drawn[r]]):
-        rng = sampling.batch_rng(self.config, root, r, self._size)
+        rng = sampling.batch_rng(self.config, root, r, size=self._size)
         samples = self._draw(rng, state)[: self._count - r * self._size]
         self.write(drawn[r], samples=samples)
       else:  # killed between the two files

@@ -146,7 +146,7 @@ class RoundSampler:
     zeros = jax.numpy.zeros((2, *self.shape[1:])), jax.numpy.zeros(2, int)
     sampling.check(config, sde, self._task.condition(*zeros))
     method = sampling.get_sampler(config, sde)
-    sampling.batch_rng(config, self._root, 0, 1)
+    sampling.batch_rng(config, self._root, 0, size=1)
     self.calls = method.n_steps * method.nfe_per_step
     self.source = datasets.get_source(config, 'test') if self._task.uses_images else None
 
@@ -164,7 +164,7 @@ class RoundSampler:
     originals, labels = self._examples(index)
     images = self._scaler(originals / np.float32(255))
     condition = self._task.condition(jax.numpy.asarray(images), jax.numpy.asarray(labels))
-    rng = sampling.batch_rng(self._config, self._root, number, self.shape[0])
+    rng = sampling.batch_rng(self._config, self._root, number, size=self.shape[0])
     every = self._settings.trajectory_every if number == 0 else 0
     callback = reporting.SamplingProgress(bar, self.calls, every)
     start = time.perf_counter()

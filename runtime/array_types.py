@@ -4,6 +4,8 @@ Axes with the same name have the same length in all arguments and the result of 
 of any shape `dims`, which for a network are images of `H` x `W` pixels with `C` channels.
 """
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jaxtyping import Float, Int, Integer, Real, UInt8
@@ -23,3 +25,4 @@ Logits = Float[Array, 'B num_classes']
 Features = Float[Array, 'N D']
 RandomKey = jax.Array  # one key, typed or raw, or an array of them
 Count = int | Int[Array, '']
+Scaler = Callable[[Array], Array]  # between images in [0, 1] and the network's range; affine

@@ -1,87 +1,105 @@
-"""Samplers that need tens of network calls: DDIM, Heun with EDM's noise levels, DPM-Solver++(2M).
+"""Samplers that need tens of NFE: DDIM, Heun with EDM's noise levels, DPM-Solver++(2M).
 
-With marginals x_t = alpha_t x_0 + sigma_t z and the noise level s = sigma_t / alpha_t, the
-probability flow ODE (Eq. 13) of every SDE of the paper is one equation of y = x / alpha,
+With marginals x_t = alpha_t x_0 + sigma_t z and the noise level s = sigma_t / alpha_t, in units of
+the scaled data, the probability flow ODE of every SDE of the paper is the same equation of
+y = x / alpha,
 
   dy/ds = (y - D(x_t, t)) / s,   D(x_t, t) = (x_t + sigma_t^2 score(x_t, t)) / alpha_t,
 
-where D is the denoised image (Tweedie's formula). So each solver here serves VE, VP, sub-VP and a
-user's own SDE: it sees nothing but s, y and D.
+where D is the denoised image (Tweedie's formula). A solver only needs s, y and D, and therefore
+works with the VE, VP and sub-VP SDEs and with those of users.
 
-The number of steps is that of updates, as in EDM, whose last one goes to noise zero: n - 1 updates
-by the solver on n times from T to eps, and then the denoised image at eps, an Euler step to s = 0.
-Without that denoising it is n updates by the solver on n + 1 times.
+As in EDM, the number of steps is the number of updates, of which the last goes to zero noise: n - 1
+updates by the solver on n times from T to eps, then the denoised image at eps, which is an Euler
+step to s = 0. Without that denoising, the solver does n updates on n + 1 times.
+
+References:
+
+- Song et al., "Score-based generative modeling through stochastic differential equations", ICLR
+  2021, https://arxiv.org/abs/2011.13456: the probability flow ODE (Eq. 13).
+- Song, Meng and Ermon, "Denoising diffusion implicit models", ICLR 2021,
+  https://arxiv.org/abs/2010.02502: DDIM.
+- Karras et al., "Elucidating the design space of diffusion-based generative models", NeurIPS 2022,
+  https://arxiv.org/abs/2206.00364: EDM, its grid and Heun's method with churn.
+- Lu et al., "DPM-Solver++: fast solver for guided sampling of diffusion probabilistic models",
+  2022, https://arxiv.org/abs/2211.01095.
 """
 
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
 
 from runtime import parallelism
+from runtime.array_types import Array, Batch, Count, PerExample, RandomKey, Scalar
 from runtime.errors import UserError
 from runtime.registry import Registry
-from samplers.base import Condition, Sampler, register_sampler
+from samplers.base import Carry, Condition, Sampler, register_sampler
 from sde_lib import SDE, ScoreFn, batch_mul
 
-Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
+PyTree = Any
+Denoiser = Callable[[Batch, PerExample], Batch]
+Levels = Float[Array, 'n']  # times or noise levels
 
 _TIME_GRIDS = Registry('time grid')
 register_time_grid = _TIME_GRIDS.register
 
 
-def noise_level(sde: SDE, t: jax.Array) -> jax.Array:
-  """s(t) = sigma_t / alpha_t, increasing in t; both (n,)."""
+def noise_level(sde: SDE, t: Levels) -> Levels:
+  """The noise levels s(t) = sigma_t / alpha_t, (n,), at the times `t`, (n,); increasing in t."""
   alpha, sigma = sde.alpha_sigma(t)
   return sigma / alpha
 
 
-def time_of_noise_level(sde: SDE, s: jax.Array, eps: float) -> jax.Array:
-  """The t in [eps, T] with noise level `s`, by bisection, for any SDE."""
+def time_of_noise_level(sde: SDE, s: Levels, eps: float | Scalar) -> Levels:
+  """The times t in [eps, T], (n,), with the noise levels `s`, (n,), by bisection, for any SDE."""
 
-  def halve(_, bounds):
+  def halve(_: Count, bounds: tuple[Levels, Levels]) -> tuple[Levels, Levels]:
     low, high = bounds
     middle = 0.5 * (low + high)
     above = noise_level(sde, middle) > s
     return jnp.where(above, low, middle), jnp.where(above, middle, high)
 
   low, high = jnp.full_like(s, eps), jnp.full_like(s, sde.T)
+  # 40 halvings take any interval below the spacing of single-precision numbers.
   return jax.lax.fori_loop(0, 40, halve, (low, high))[1]
 
 
 @register_time_grid(name='uniform')
-def uniform_grid(sde: SDE, n: int, eps: float, rho: float) -> jax.Array:
-  """Times at equal distances, as the paper's samplers take them."""
+def uniform_grid(sde: SDE, n: int, eps: float, rho: float) -> Levels:
+  """n equidistant times from T to `eps`, (n,), as the paper's samplers take them."""
   del rho
   return jnp.linspace(sde.T, eps, n)
 
 
 @register_time_grid(name='edm')
-def edm_grid(sde: SDE, n: int, eps: float, rho: float) -> jax.Array:
-  """s^(1/rho) at equal distances (Karras et al. 2022, Eq. 5)."""
+def edm_grid(sde: SDE, n: int, eps: float, rho: float) -> Levels:
+  """n times from T to `eps`, (n,), with equidistant s^(1/rho) (Karras et al. 2022, Eq. 5)."""
   ends = noise_level(sde, jnp.asarray([sde.T, eps])) ** (1 / rho)
   return _between(sde, jnp.linspace(ends[0], ends[1], n) ** rho, eps)
 
 
 @register_time_grid(name='logsnr')
-def logsnr_grid(sde: SDE, n: int, eps: float, rho: float) -> jax.Array:
-  """log(alpha^2 / sigma^2) at equal distances (Lu et al. 2022)."""
+def logsnr_grid(sde: SDE, n: int, eps: float, rho: float) -> Levels:
+  """n times from T to `eps`, (n,), with equidistant log(alpha^2 / sigma^2) (Lu et al. 2022)."""
   del rho
   ends = jnp.log(noise_level(sde, jnp.asarray([sde.T, eps])))
   return _between(sde, jnp.exp(jnp.linspace(ends[0], ends[1], n)), eps)
 
 
-def _between(sde: SDE, s: jax.Array, eps: float) -> jax.Array:
-  """The times of decreasing noise levels, from exactly T to exactly eps."""
+def _between(sde: SDE, s: Levels, eps: float) -> Levels:
+  """The times with the decreasing noise levels `s`, of which the ends are exactly T and `eps`."""
   return time_of_noise_level(sde, s, eps).at[0].set(sde.T).at[-1].set(eps)
 
 
 def get_denoiser(sde: SDE, score_fn: ScoreFn) -> Denoiser:
-  """D(x_t, t) = E[x_0 | x_t], by Tweedie's formula."""
+  """D(x_t, t) = E[x_0 | x_t], shaped as x_t, from the score by Tweedie's formula."""
   return lambda x, t: sde.denoise(x, t, score_fn(x, t))
 
 
@@ -93,18 +111,18 @@ class ProbabilityFlow:
     sde: the forward SDE.
     denoiser: D(x_t, t).
     t: decreasing times, (n,).
-    s: noise levels at these times, (n,).
-    n_steps: number of updates, with that to the denoised image at the end if there is one.
+    s: the noise levels at these times, (n,).
+    n_steps: the number of updates; a final denoising counts as one of them.
   """
 
   sde: SDE
   denoiser: Denoiser
-  t: jax.Array
-  s: jax.Array
+  t: Levels
+  s: Levels
   n_steps: int
 
-  def D(self, y: jax.Array, t: jax.Array) -> jax.Array:
-    """The denoised image at y = x / alpha and the time `t`, a scalar."""
+  def D(self, y: Batch, t: Scalar) -> Batch:
+    """The denoised images, (B, ...), at y = x / alpha, (B, ...), and the time `t`, a scalar."""
     t = jnp.full((y.shape[0],), t)
     alpha = self.sde.alpha_sigma(t)[0]
     return self.denoiser(batch_mul(alpha, y), t)
@@ -113,50 +131,75 @@ class ProbabilityFlow:
 class Solver(abc.ABC):
   """A numerical solver of the probability flow in (s, y), or of a reverse SDE with its marginals.
 
-  Args:
-    eta: the part of each step's noise that is drawn anew, from 0 (the flow) to 1 (the reverse SDE);
-      noise corrects the errors of a network, where the flow piles them up.
-    churn: how much noise is added over the whole way before it is removed again, `S_churn` of
-      Karras et al. 2022, Algorithm 2: each update raises s by churn / n_steps of itself, but by no
-      more than sqrt(2) - 1.
+  Attributes:
+    nfe: the number of calls of the denoiser in a step.
+    noise: which of the two arguments below the solver uses, 'eta' or 'churn'.
 
-  A subclass names the one of the two that it takes in `noise`.
+  Args:
+    eta: the fraction of each step's noise that is drawn again, from 0 (the probability flow) to 1
+      (the reverse SDE). Fresh noise corrects errors of the network, which the flow accumulates.
+    churn: the amount of noise that is added, and removed again, in all updates together: `S_churn`
+      of Karras et al. 2022, Algorithm 2. Each update raises s by the fraction churn / n_steps, but
+      by no more than sqrt(2) - 1.
+
+  Raises:
+    UserError: if eta is not in [0, 1], churn is negative, or the solver does not use one that is
+      not zero.
   """
 
-  nfe = 1  # calls of the denoiser in a step
-  noise = 'eta'
+  nfe: ClassVar[int] = 1
+  noise: ClassVar[str] = 'eta'
 
   def __init__(self, eta: float = 0.0, churn: float = 0.0):
     refused, value = ('churn', churn) if self.noise == 'eta' else ('eta', eta)
     if value:
       raise UserError(
-        f'sampling.{refused}={value} is not for this sampling method, whose noise is set by '
-        f'sampling.{self.noise}; set sampling.{refused}=0.'
+        f'sampling.{refused}={value} has no meaning for this sampler, whose noise is set by '
+        f'sampling.{self.noise}: set sampling.{refused}=0.'
       )
     if not 0 <= eta <= 1 or churn < 0:
       raise UserError(
-        f'sampling.eta={eta} must be from 0 to 1 and sampling.churn={churn} not negative.'
+        f'sampling.eta={eta} must be between 0 and 1, and sampling.churn={churn} must not be '
+        f'negative: change the one that is out of range.'
       )
     self.eta, self.churn = eta, churn
 
-  def init(self, flow: ProbabilityFlow, y: jax.Array) -> Any:
-    """What a step needs of the ones before, first."""
+  def init(self, flow: ProbabilityFlow, y: Batch) -> PyTree:
+    """The memory of the first step, at y = x_T / alpha_T, (B, ...); by default none."""
     del flow, y
     return ()
 
   @abc.abstractmethod
   def step(
-    self, flow: ProbabilityFlow, i: jax.Array, rng: jax.Array, y: jax.Array, memory: Any
-  ) -> tuple[jax.Array, Any]:
-    """From `flow.t[i]` to `flow.t[i + 1]`."""
+    self, flow: ProbabilityFlow, i: Count, rng: RandomKey, y: Batch, memory: PyTree
+  ) -> tuple[Batch, PyTree]:
+    """Moves `y`, (B, ...), from `flow.t[i]` to `flow.t[i + 1]`.
+
+    Args:
+      flow: the probability flow and its grid.
+      i: the number of the step, from 0.
+      rng: the key of this step.
+      y: x / alpha at `flow.t[i]`, (B, ...).
+      memory: what the step before left for this one.
+
+    Returns:
+      y at `flow.t[i + 1]`, and the memory of the next step.
+    """
 
   def ddim_step(
-    self, flow: ProbabilityFlow, i: jax.Array, rng: jax.Array, y: jax.Array, D: jax.Array
-  ) -> jax.Array:
-    """The exact solution over a step in which the denoised image is `D` throughout.
+    self, flow: ProbabilityFlow, i: Count, *, rng: RandomKey, y: Batch, D: Batch
+  ) -> Batch:
+    """The exact solution of a step over which the denoised image is constant.
 
-    y' = D + c (y - D) + n z with the new noise n = eta s' sqrt(1 - (s'/s)^2) and c such that
-    c^2 s^2 + n^2 = s'^2 (Song, Meng and Ermon 2021, Eq. 12 and 16).
+    y' = D + c (y - D) + n z with fresh noise of standard deviation n = eta s' sqrt(1 - (s'/s)^2),
+    and with c such that c^2 s^2 + n^2 = s'^2 (Song, Meng and Ermon 2021, Eq. 12 and 16).
+
+    Args:
+      flow: the probability flow and its grid.
+      i: the number of the step, from `flow.s[i]` to `flow.s[i + 1]`.
+      rng: the key of this step.
+      y: x / alpha, (B, ...).
+      D: the denoised images, (B, ...).
     """
     s, s_next = flow.s[i], flow.s[i + 1]
     new = self.eta * s_next * jnp.sqrt(1 - (s_next / s) ** 2)
@@ -165,27 +208,34 @@ class Solver(abc.ABC):
 
 
 class DDIM(Solver):
-  """DDIM (Song, Meng and Ermon 2021), the exponential Euler method. Order 1.
+  """DDIM (Song, Meng and Ermon 2021), which is the exponential Euler method, of order 1.
 
   With eta = 1 it is ancestral sampling over steps of any length.
   """
 
-  def step(self, flow, i, rng, y, memory):
-    return self.ddim_step(flow, i, rng, y, flow.D(y, flow.t[i])), memory
+  def step(
+    self, flow: ProbabilityFlow, i: Count, rng: RandomKey, y: Batch, memory: PyTree
+  ) -> tuple[Batch, PyTree]:
+    """A step in which the denoised image is that of its start; see `Solver.step`."""
+    return self.ddim_step(flow, i, rng=rng, y=y, D=flow.D(y, flow.t[i])), memory
 
 
 class Heun(Solver):
-  """Heun's method with optional churn (Karras et al. 2022, Algorithm 2). Order 2 without churn."""
+  """Heun's method with optional churn (Karras et al. 2022, Algorithm 2); order 2 without churn."""
 
   nfe = 2
   noise = 'churn'
 
-  def step(self, flow, i, rng, y, memory):
+  def step(
+    self, flow: ProbabilityFlow, i: Count, rng: RandomKey, y: Batch, memory: PyTree
+  ) -> tuple[Batch, PyTree]:
+    """Noise up to s_hat >= s, then the mean of the slopes at both ends; see `Solver.step`."""
     s, t = flow.s[i], flow.t[i]
     if self.churn:
       gamma = min(self.churn / flow.n_steps, np.sqrt(2) - 1)
       s_hat = jnp.minimum(s * (1 + gamma), flow.s[0])
-      added = (s_hat - s) * (s_hat + s)  # never negative, as a difference of squares may be
+      # A difference of squares may be negative after rounding; this product is not.
+      added = (s_hat - s) * (s_hat + s)
       y = y + jnp.sqrt(added) * jax.random.normal(rng, y.shape)
       t_hat = time_of_noise_level(flow.sde, s_hat[None], flow.t[-1])[0]
       s, t = s_hat, jnp.where(s_hat > s, t_hat, t)
@@ -197,37 +247,42 @@ class Heun(Solver):
 
 
 class DPMSolverPP(Solver):
-  """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): D is extrapolated from two steps. Order 2.
+  """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2), of order 2.
 
-  With eta = 1 it is SDE-DPM-Solver++(2M) (Lu et al. 2022, section 6).
+  The denoised image is extrapolated linearly in log s from two steps. With eta = 1 it is
+  SDE-DPM-Solver++(2M) (Lu et al. 2022, section 6).
   """
 
-  def init(self, flow, y):
+  def init(self, flow: ProbabilityFlow, y: Batch) -> PyTree:
+    """Zeros in place of the denoised image of a step before, (B, ...), which are not used."""
     return jnp.zeros_like(y)
 
-  def step(self, flow, i, rng, y, memory):
+  def step(
+    self, flow: ProbabilityFlow, i: Count, rng: RandomKey, y: Batch, memory: PyTree
+  ) -> tuple[Batch, PyTree]:
+    """A step with the extrapolated denoised image; the memory is that of its start."""
     D = flow.D(y, flow.t[i])
     h = jnp.log(flow.s[i] / flow.s[i + 1])
     h_before = jnp.log(flow.s[i - 1] / flow.s[i])
     extrapolated = D + h / (2 * h_before) * (D - memory)
     target = jnp.where(i == 0, D, extrapolated)  # the first step has no predecessor
-    return self.ddim_step(flow, i, rng, y, target), D
+    return self.ddim_step(flow, i, rng=rng, y=y, D=target), D
 
 
 class NoiseLevelSampler(Sampler):
-  """A sampling method that follows the probability flow by one of the solvers here.
+  """A sampler that follows the probability flow by a `Solver` on a grid of noise levels.
 
   Args:
-    sde: the forward SDE; its marginals must be linear in x_0.
-    solver: the numerical method.
-    n_steps: number of updates; with `denoise` the last of them is the denoising.
+    sde: the forward SDE; the mean of its marginals must be linear in x_0.
+    solver: the numerical solver.
+    n_steps: the number of updates; with `denoise` the last of them is the denoising.
     time_grid: 'edm', 'logsnr', 'uniform' or a registered name.
-    rho: exponent of the grid 'edm'.
-    denoise: end with the denoised image at `eps`, which is one network call.
+    rho: the exponent of the grid 'edm'.
+    denoise: whether to end with the denoised image at `eps`, at the cost of one NFE.
     eps: the last time of the solver.
 
   Raises:
-    UserError: for an unknown grid, or a number of updates that leaves the solver none.
+    UserError: if the grid is unknown, rho is not positive, or no update is left for the solver.
   """
 
   def __init__(
@@ -235,6 +290,7 @@ class NoiseLevelSampler(Sampler):
     sde: SDE,
     solver: Solver,
     n_steps: int,
+    *,
     time_grid: str = 'edm',
     rho: float = 7.0,
     denoise: bool = True,
@@ -245,10 +301,10 @@ class NoiseLevelSampler(Sampler):
     if n_steps < least:
       raise UserError(f'sampling.n_steps={n_steps} is too few: use at least {least}.')
     if rho <= 0:
-      raise UserError(f'sampling.rho={rho} must be positive; EDM uses 7.')
+      raise UserError(f'sampling.rho={rho} must be positive: set it to 7, as EDM does.')
     self.sde, self.solver, self.denoise = sde, solver, denoise
     self.n_updates = n_steps
-    self.n_steps = n_steps - denoise  # of the solver; `result` takes the last one
+    self.n_steps = n_steps - denoise  # those of the solver; `result` does the denoising
     self.nfe_per_step = solver.nfe
     with jax.ensure_compile_time_eval():
       self.t = grid(sde, self.n_steps + 1, eps, rho)
@@ -258,40 +314,52 @@ class NoiseLevelSampler(Sampler):
     denoiser = get_denoiser(self.sde, condition.flow_score(score_fn))
     return ProbabilityFlow(self.sde, denoiser, self.t, self.s, self.n_updates)
 
-  def _alpha(self, i: int | jax.Array) -> jax.Array:
-    return self.sde.alpha_sigma(self.t[i][None])[0]
+  def _alpha(self, i: Count) -> Scalar:
+    """alpha at time number `i`."""
+    return self.sde.alpha_sigma(self.t[i][None])[0][0]
 
-  def init(self, score_fn, condition, rng, shape, z):
+  def init(
+    self,
+    score_fn: ScoreFn,
+    condition: Condition,
+    rng: RandomKey,
+    shape: tuple[int, ...],
+    z: Batch | None,
+  ) -> Carry:
+    """x_T, y, the solver's memory and a key; the arguments are those of `Sampler.init`."""
     rng, prior_rng = jax.random.split(rng)
     x = parallelism.shard_batch(self.sde.prior_sampling(prior_rng, shape) if z is None else z)
     y = x / self._alpha(0)
     return x, y, self.solver.init(self._flow(score_fn, condition), y), rng
 
-  def step(self, score_fn, condition, i, carry):
+  def step(self, score_fn: ScoreFn, condition: Condition, i: Count, carry: Carry) -> Carry:
+    """x_t and y at the time number i + 1, the solver's memory and the same key."""
     _, y, memory, rng = carry
     flow = self._flow(score_fn, condition)
     y, memory = self.solver.step(flow, i, jax.random.fold_in(rng, i), y, memory)
     return y * self._alpha(i + 1), y, memory, rng
 
-  def result(self, score_fn, condition, carry):
+  def result(self, score_fn: ScoreFn, condition: Condition, carry: Carry) -> Batch:
+    """x_t at `eps`, (B, ...), or with `denoise` the denoised image at that time."""
     x, y = carry[:2]
     return self._flow(score_fn, condition).D(y, self.t[-1]) if self.denoise else x
 
-  def nfe(self, carry):
+  def nfe(self, carry: Carry) -> int:
+    """The NFE of all updates, with that of the denoising."""
     return super().nfe(carry) + self.denoise
 
 
 def _register(name: str, solver: type[Solver]) -> None:
-  def make(config: Any, sde: SDE, eps: float) -> Sampler:
+  def make(config: ConfigDict, sde: SDE, eps: float) -> Sampler:
     settings = config.sampling
     return NoiseLevelSampler(
       sde,
       solver(settings.eta, settings.churn),
       settings.n_steps or sde.N,
-      settings.time_grid,
-      settings.rho,
-      settings.noise_removal,
-      eps,
+      time_grid=settings.time_grid,
+      rho=settings.rho,
+      denoise=settings.noise_removal,
+      eps=eps,
     )
 
   make.__qualname__ = solver.__qualname__

@@ -14,7 +14,7 @@ BAD = [
   ('model.name', 'unet', "Unknown model 'unet': choose one of .*ncsnpp"),
   ('sampling.predictor', 'em', "Unknown predictor 'em': choose one of ancestral_sampling"),
   ('sampling.corrector', 'mala', "Unknown corrector 'mala': choose one of ald, langevin, none"),
-  ('sampling.method', 'sde', "Unknown sampling method 'sde': choose one of ddim"),
+  ('sampling.method', 'sde', "Unknown sampler 'sde': choose one of ddim"),
   ('data.dataset', 'MNIST', "Unknown data set 'MNIST': choose one of .*CIFAR10, .*MNIST5K"),
   ('optim.optimizer', 'SGD', "Unknown optimizer 'SGD': choose one of Adam"),
   ('training.bach_size', 8, "Unknown config.training key 'bach_size'.*Did you mean batch_size"),
@@ -80,7 +80,7 @@ def test_combinations_that_cannot_work_are_refused(monkeypatch):
 
   config = mnist_ddpmpp_continuous.get_config()
   config.sampling.predictor = 'none'
-  with pytest.raises(UserError, match='never ask the network'):
+  with pytest.raises(UserError, match='never evaluate the network'):
     prepare(config)
 
   config = mnist_ddpmpp_continuous.get_config()

@@ -97,7 +97,9 @@ def measurements(sde):
 
 def draw(method, score_fn, condition, count=COUNT):
   sample = jax.jit(
-    lambda rng, condition: sampling.run(method, score_fn, rng, (count, *SHAPE), condition=condition)
+    lambda rng, condition: sampling.run(
+      method, score_fn, rng, shape=(count, *SHAPE), condition=condition
+    )
   )
   return np.asarray(sample(jax.random.PRNGKey(0), condition))
 
@@ -114,11 +116,13 @@ def pc(sde):
     sampling.get_predictor('reverse_diffusion'),
     sampling.get_corrector('langevin'),
   )
-  return sampling.PredictorCorrector(sde, predictor, corrector, 0.1, 1, eps=sde.sampling_eps)
+  return sampling.PredictorCorrector(sde, predictor, corrector, snr=0.1, eps=sde.sampling_eps)
 
 
 def flow(sde):
-  return few_step.NoiseLevelSampler(sde, few_step.DPMSolverPP(eta=1.0), 100, 'logsnr', eps=1e-3)
+  return few_step.NoiseLevelSampler(
+    sde, few_step.DPMSolverPP(eta=1.0), 100, time_grid='logsnr', eps=1e-3
+  )
 
 
 METHODS = {'pc': pc, 'dpm_solver++': flow}
@@ -247,7 +251,7 @@ def test_known_pixels_come_back_exactly_and_unknown_ones_never_matter(sde, metho
       method,
       score_fn,
       jax.random.PRNGKey(0),
-      image.shape,
+      shape=image.shape,
       condition=control.inpainting(method.sde, image, mask),
     )
   )
@@ -303,13 +307,13 @@ def test_colorization_and_super_resolution_keep_what_is_given_and_use_nothing_el
   def colorize(image):
     condition = control.colorization(method.sde, image)
     rng = jax.random.PRNGKey(0)
-    return sampling.run(method, score_fn, rng, image.shape, condition=condition)
+    return sampling.run(method, score_fn, rng, shape=image.shape, condition=condition)
 
   @jax.jit
   def sharpen(image):
     condition = control.super_resolution(method.sde, image, 2)
     rng = jax.random.PRNGKey(0)
-    return sampling.run(method, score_fn, rng, image.shape, condition=condition)
+    return sampling.run(method, score_fn, rng, shape=image.shape, condition=condition)
 
   x = colorize(image)
   np.testing.assert_allclose(x.mean(-1), image.mean(-1), atol=1e-5)

@@ -148,7 +148,7 @@ def test_bits_per_dim_are_a_mean_over_each_test_image_twice(trained, uninterrupt
 
   config, sde, model, state = restored(trained, 4)
   inverse_scaler = datasets.get_data_inverse_scaler(config)
-  likelihood_fn = likelihood.from_config(config, sde, model, inverse_scaler)
+  likelihood_fn = likelihood.from_config(config, sde, model, inverse_scaler=inverse_scaler)
   root = jax.random.fold_in(stream(config.seed, 'bpd'), 40)
   images = datasets.get_source(config, 'test').images
   expected, _, _ = likelihood_fn(jax.random.fold_in(root, 9), state, images[64:128])

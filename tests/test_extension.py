@@ -106,7 +106,7 @@ def test_every_pair_of_solvers_runs_under_every_sde(sde, predictor, corrector, c
     n_corrector_steps=2,
     eps=sde.sampling_eps,
   )
-  x = sampling.run(method, gaussian_score(sde), jax.random.PRNGKey(0), (8, 2, 2, 1))
+  x = sampling.run(method, gaussian_score(sde), jax.random.PRNGKey(0), shape=(8, 2, 2, 1))
   assert np.isfinite(x).all()
 
 

@@ -29,12 +29,12 @@ EPS = 1e-2
 
 
 def method_of(sde, solver, grid, n):
-  return few_step.NoiseLevelSampler(sde, solver, n, grid, denoise=False, eps=EPS)
+  return few_step.NoiseLevelSampler(sde, solver, n, time_grid=grid, denoise=False, eps=EPS)
 
 
 def draw(method, rng, shape):
   score_fn = gaussian_score(method.sde, MEAN, STD)
-  return jax.jit(lambda rng: sampling.run(method, score_fn, rng, shape))(rng)
+  return jax.jit(lambda rng: sampling.run(method, score_fn, rng, shape=shape))(rng)
 
 
 def error(sde, solver, grid, n):
@@ -121,7 +121,7 @@ def test_configured_method_counts_its_network_calls(method):
   [
     ({'time_grid': 'cosine'}, "Unknown time grid 'cosine': choose one of edm, logsnr, uniform"),
     ({'n_steps': 1}, 'sampling.n_steps=1 is too few: use at least 2'),
-    ({'churn': 1.0}, 'sampling.churn=1.0 is not for this sampling method'),
+    ({'churn': 1.0}, 'sampling.churn=1.0 has no meaning for this sampler'),
   ],
 )
 def test_bad_settings_are_refused_before_compilation(overrides, message):

@@ -81,7 +81,7 @@ def test_ode_samples_of_a_mixture_have_its_moments_and_density(sde, points):
   z = sde.prior_sampling(jax.random.PRNGKey(1), (64, D))
   decode = jax.jit(
     lambda z: sampling.run(
-      method, mixture_score(sde, MEANS, STD), jax.random.PRNGKey(0), z.shape, z
+      method, mixture_score(sde, MEANS, STD), jax.random.PRNGKey(0), shape=z.shape, z=z
     )
   )
   log_prob = likelihood.Likelihood(sde, rtol=1e-6, atol=1e-6).log_prob
@@ -98,7 +98,9 @@ def test_ode_samples_of_a_gaussian_equal_the_closed_form(sde):
   method = sampling.ODESampler(sde, eps=eps)
   z = sde.prior_sampling(jax.random.PRNGKey(0), (128, D))
   score_fn = gaussian_score(sde, mean, std)
-  x = jax.jit(lambda z: sampling.run(method, score_fn, jax.random.PRNGKey(0), z.shape, z))(z)
+  x = jax.jit(lambda z: sampling.run(method, score_fn, jax.random.PRNGKey(0), shape=z.shape, z=z))(
+    z
+  )
   expected = end_of_gaussian_flow(sde, z, eps, mean, std)
   np.testing.assert_allclose(x, expected, atol=1e-3)
 
@@ -182,7 +184,9 @@ def test_ode_calls_are_counted(method):
     jax.debug.callback(lambda: calls.append(1))
     return -y
 
-  y, nfe = jax.jit(lambda y: ode_solver.solve(drift, y, 0.0, 1.0, method=method))(jnp.ones((2, 3)))
+  y, nfe = jax.jit(lambda y: ode_solver.solve(drift, y, t0=0.0, t1=1.0, method=method))(
+    jnp.ones((2, 3))
+  )
   jax.effects_barrier()
   np.testing.assert_allclose(y, np.exp(-1), rtol=1e-4)
   assert nfe == len(calls)
@@ -197,7 +201,7 @@ def test_ode_calls_are_counted(method):
 )
 def test_bad_settings_are_refused(arguments, message):
   with pytest.raises(UserError, match=message):
-    likelihood.get_likelihood_fn(sde_lib.VPSDE(), None, lambda x: x, **arguments)
+    likelihood.get_likelihood_fn(*tiny_gaussian()[:2], lambda x: x, **arguments)
 
 
 @pytest.mark.parametrize('name', ['exact', 'Rademacher'])

@@ -44,7 +44,9 @@ def sampler_of(method, **options):
   sde = sde_lib.get_sde(config)
   config = prepare(config)
   method = sampling.get_sampler(config, sde)
-  return sampling.compile_sampler(method, sde, NETWORK, SHAPE, lambda x: x, True, **options)
+  return sampling.compile_sampler(
+    method, sde, NETWORK, shape=SHAPE, inverse_scaler=lambda x: x, **options
+  )
 
 
 @pytest.fixture(scope='module')
@@ -163,7 +165,7 @@ def test_every_combination_of_sde_and_solvers_and_task_is_traced_or_refused(sde,
     except UserError as error:
       refused.append(str(error))
   # Ancestral sampling has no probability flow, with any corrector; 'none' and 'none' do nothing.
-  reasons = ['ancestral_sampling has no probability flow'] * 3 + ['never ask the network'] * 2
+  reasons = ['ancestral_sampling has no probability flow'] * 3 + ['never evaluate the network'] * 2
   assert len(refused) == len(reasons)
   for reason in set(reasons):
     assert sum(reason in message for message in refused) == reasons.count(reason)

@@ -158,7 +158,9 @@ def test_pc_sampling_of_an_exact_gaussian_has_its_mean_and_variance(sde, correct
     snr=0.1,
     eps=sde.sampling_eps,
   )
-  draw = jax.jit(lambda rng: sampling.run(method, gaussian_score(sde, MEAN, STD), rng, (64, 1024)))
+  draw = jax.jit(
+    lambda rng: sampling.run(method, gaussian_score(sde, MEAN, STD), rng, shape=(64, 1024))
+  )
   x_mean = draw(jax.random.PRNGKey(0))
   assert abs(x_mean.mean() - MEAN) < 0.02
   assert abs(x_mean.std() - STD) < 0.02

@@ -73,7 +73,7 @@ def test_importing_sampling_registers_every_method():
 
 
 def draws(method, keys=None):
-  sampler = sampling.compile_sampler(method, VP, NETWORK, SHAPE, identity)
+  sampler = sampling.compile_sampler(method, VP, NETWORK, shape=SHAPE, inverse_scaler=identity)
   return lambda rng: sampler(jax.random.split(rng, keys) if keys else rng, STATE)[0]
 
 
@@ -95,7 +95,7 @@ def batch_keys(per_image):
   def keys(rng):
     config = tiny_config.get_config()
     config.sampling.per_image_seeds = per_image
-    rng = sampling.batch_rng(config, rng, 3, 5)
+    rng = sampling.batch_rng(config, rng, 3, size=5)
     assert key_shape(rng) == ((5,) if per_image else ())
     return jax.random.key_data(rng)
 
@@ -135,7 +135,7 @@ TAKE_A_KEY = {
   'ddim, a key per image': draws(
     sampling.NoiseLevelSampler(COARSE, sampling.DDIM(eta=1.0), 3), keys=4
   ),
-  'run': lambda rng: sampling.run(PC, lambda x, t: -x, rng, SHAPE),
+  'run': lambda rng: sampling.run(PC, lambda x, t: -x, rng, shape=SHAPE),
   'batch_rng': batch_keys(per_image=False),
   'batch_rng of images': batch_keys(per_image=True),
   'get_pc_inpainter': conditional(control.get_pc_inpainter),
@@ -192,7 +192,9 @@ def test_more_axes_of_keys_than_one_are_refused():
 
 @pytest.mark.parametrize('keys', [None, 4])
 def test_every_state_that_was_watched_stays_readable(keys):
-  sampler = sampling.compile_sampler(PC, VP, NETWORK, SHAPE, identity, steps_per_call=1)
+  sampler = sampling.compile_sampler(
+    PC, VP, NETWORK, shape=SHAPE, inverse_scaler=identity, steps_per_call=1
+  )
   rng = jax.random.split(jax.random.key(1), keys) if keys else jax.random.key(1)
   seen, seen_at_once = [], []
 
@@ -236,7 +238,7 @@ def test_a_sampler_is_compiled_once_for_all_rounds_of_a_task(task):
       traces.append(1)
       return super().__call__(x, labels, train)
 
-  sampler = sampling.compile_sampler(PC, VP, Traced(VP), SHAPE, identity)
+  sampler = sampling.compile_sampler(PC, VP, Traced(VP), shape=SHAPE, inverse_scaler=identity)
   first, _ = sampler(jax.random.key(0), STATE, condition=CONDITIONS[task](IMAGES))
   count = len(traces)
   second, _ = sampler(jax.random.key(0), STATE, condition=CONDITIONS[task](-IMAGES))
@@ -286,9 +288,8 @@ def test_n_steps_counts_updates_and_nfe_the_network_calls_they_make(name):
       jax.debug.callback(lambda: calls.append(1))
       return super().__call__(x, labels, train)
 
-  samples, nfe = sampling.compile_sampler(method, VP, Counted(VP), SHAPE, identity)(
-    jax.random.key(0), STATE
-  )
+  sampler = sampling.compile_sampler(method, VP, Counted(VP), shape=SHAPE, inverse_scaler=identity)
+  samples, nfe = sampler(jax.random.key(0), STATE)
   jax.effects_barrier()
   assert np.isfinite(samples).all()
   assert nfe == len(calls) == expected
