@@ -27,10 +27,10 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from ml_collections import ConfigDict
 
-from runtime.array_types import Array, GreyLevels, Images, RandomKey
+from runtime.array_types import GreyLevels, Images, RandomKey, Scaler
 from runtime.errors import UserError
 from sources.arrays import ArraySource
 from sources.base import ASSETS, DATASETS, Example, Source, register_dataset
@@ -48,7 +48,6 @@ __all__ = [
   'ImageFolder',
   'Padded',
   'Preprocess',
-  'Scaler',
   'Source',
   'TFDSSource',
   'central_crop',
@@ -64,7 +63,6 @@ __all__ = [
 ]
 
 Preprocess = Callable[[RandomKey, GreyLevels], Images]
-Scaler = Callable[[Float[Array, '...'] | float], Float[Array, '...'] | float]
 
 
 def get_data_scaler(config: ConfigDict) -> Scaler:

@@ -33,7 +33,17 @@ import safetensors.numpy
 from jaxtyping import Float, PyTree
 
 from runtime import weights
-from runtime.array_types import Array, Batch, Images, Labels, Logits, PerExample, RandomKey, Scalar
+from runtime.array_types import (
+  Array,
+  Batch,
+  Images,
+  Labels,
+  Logits,
+  PerExample,
+  RandomKey,
+  Scalar,
+  Scaler,
+)
 from runtime.errors import UserError
 from runtime.registry import Registry
 from sde_lib import SDE, batch_mul
@@ -225,7 +235,7 @@ def get_classifier_grad_fn(
 
 
 def classifier_score(
-  sde: SDE, logit_fn: LogitFn, inverse_scaler: Callable[[Batch | float], Batch | float]
+  sde: SDE, logit_fn: LogitFn, inverse_scaler: Scaler
 ) -> Callable[[Batch, PerExample, Labels], Batch]:
   """Returns the function `(x_t, t, y) -> ` gradient of log p(y | x_t) in x_t.
 

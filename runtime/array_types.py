@@ -25,4 +25,5 @@ Logits = Float[Array, 'B num_classes']
 Features = Float[Array, 'N D']
 RandomKey = jax.Array  # one key, typed or raw, or an array of them
 Count = int | Int[Array, '']
-Scaler = Callable[[Array], Array]  # between images in [0, 1] and the network's range; affine
+# Between images in [0, 1] and the network's range; affine, and also for a single grey level.
+Scaler = Callable[[Array | float], Array | float]
