@@ -1,9 +1,10 @@
 """Data sets and their deterministic input pipeline.
 
 The batch of step k is a pure function of (seed, k), whatever the number of processes and wherever a
-run was interrupted: the examples are shuffled anew in each epoch by a seeded permutation that is
+run was interrupted: in each epoch the examples are shuffled by another seeded permutation, which is
 computed by index (Grain), and each process reads its own rows of the global batch. Images travel to
-the devices as uint8; flipping, dequantization and scaling happen there, inside the compiled step.
+the devices as uint8; flipping, dequantization and scaling happen on the devices, inside the
+compiled step.
 
 A data set is registered as a function from a configuration and a split ('train' or 'test') to a
 random-access source whose items are {'image': uint8 (H, W, C), 'label': int}:
@@ -13,8 +14,8 @@ random-access source whose items are {'image': uint8 (H, W, C), 'label': int}:
 
 Keyword-only parameters are keys of `config.data` that the data set adds to the common ones.
 
-A source may know what it consists of: a source with an attribute `fingerprint`, a string that
-differs wherever the examples do, guards a run, which refuses to resume on data with another one.
+A source may have an attribute `fingerprint`, a string that differs wherever the examples do. A run
+refuses to resume on data with another fingerprint.
 """
 
 import dataclasses
@@ -26,8 +27,10 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Shaped
 from ml_collections import ConfigDict
 
+from runtime.array_types import GreyLevels, Images, RandomKey, Scaler
 from runtime.errors import UserError
 from sources.arrays import ArraySource
 from sources.base import ASSETS, DATASETS, Example, Source, register_dataset
@@ -59,15 +62,18 @@ __all__ = [
   'tfds_source',
 ]
 
-Preprocess = Callable[[jax.Array, jax.Array], jax.Array]
+Preprocess = Callable[[RandomKey, GreyLevels], Images]
 
 
-def get_data_scaler(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
-  """From [0, 1] to the network's range: [-1, 1] where `data.centered`, else unchanged."""
+def get_data_scaler(config: ConfigDict) -> Scaler:
+  """The map from [0, 1] to the range of the scaled data, for a number or an array of any shape.
+
+  x becomes 2 x - 1, in [-1, 1], if `data.centered` is set, and else stays unchanged.
+  """
   return (lambda x: x * 2.0 - 1.0) if config.data.centered else (lambda x: x)
 
 
-def get_data_inverse_scaler(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
+def get_data_inverse_scaler(config: ConfigDict) -> Scaler:
   """The inverse of `get_data_scaler`."""
   return (lambda x: (x + 1.0) / 2.0) if config.data.centered else (lambda x: x)
 
@@ -75,17 +81,20 @@ def get_data_inverse_scaler(config: ConfigDict) -> Callable[[jax.Array], jax.Arr
 def get_preprocess_fn(
   config: ConfigDict, uniform_dequantization: bool = False, evaluation: bool = False
 ) -> Preprocess:
-  """What is done to a batch on the devices, `(rng, uint8 images) -> images in the network's range`.
+  """Returns what is done to a batch on the devices, a function `(rng, images) -> scaled images`.
+
+  Here `images` are uint8 grey levels, (B, H, W, C), and the result, of the same shape, is in the
+  range of the scaled data. With `data.random_flip` each image is mirrored with probability 1/2.
 
   Args:
-    config: reads `data`.
-    uniform_dequantization: add uniform noise below one grey level, (u + x) / 256; else x / 255.
+    config: the configuration, of which `data` is read.
+    uniform_dequantization: scale (x + u) / 256 with u uniform in [0, 1), instead of x / 255.
     evaluation: never flip.
   """
   scaler = get_data_scaler(config)
   flip = config.data.random_flip and not evaluation
 
-  def preprocess(rng: jax.Array, images: jax.Array) -> jax.Array:
+  def preprocess(rng: RandomKey, images: GreyLevels) -> Images:
     flip_rng, noise_rng = jax.random.split(rng)
     x = images.astype(jnp.float32)
     if flip:
@@ -107,16 +116,17 @@ class Dataset:
   Attributes:
     source: the examples.
     batch_size: size of the global batch.
-    seed: what the order of the examples depends on.
-    shuffle: a new permutation each epoch; else the order of the source, again and again.
-    preprocess: what the compiled step does to the images first.
+    seed: the seed of the order of the examples.
+    shuffle: take the examples in a new permutation each epoch; else always as the source has them.
+    preprocess: what the compiled step does to the images first; None for batches in host memory.
   """
 
   source: Source
+  _: dataclasses.KW_ONLY
   batch_size: int
   seed: int
   shuffle: bool
-  preprocess: Preprocess
+  preprocess: Preprocess | None
 
   @functools.cached_property
   def _checked(self) -> 'Alike':
@@ -132,7 +142,7 @@ class Dataset:
     return rows[jax.process_index() :: processes]
 
   def batch(self, step: int) -> Example:
-    """This process's rows of the batch of `step`."""
+    """This process's rows of the batch of `step`: images (B, H, W, C) and labels (B,)."""
     return self._batches()[step]
 
   def iterate(self, start: int = 0, stride: int = 1) -> Iterator[Example]:
@@ -143,8 +153,8 @@ class Dataset:
   def once(self, start: int = 0) -> Iterator[Example]:
     """Each example once, in the order of the source: batches `start`, `start` + 1, ..., to the end.
 
-    The last batch is filled up, so that all have one shape; `weight` is 1 for an example and 0 for
-    what fills up. Each process gets its rows.
+    The last batch is padded, so that all batches have one shape; `weight`, (B,), is 1 for an
+    example and 0 for padding. Each process gets its rows.
     """
     padded = Padded(self.source, self.batch_size)
     batches = dataclasses.replace(self, source=padded, shuffle=False)
@@ -155,16 +165,19 @@ class Dataset:
     return -(-len(self.source) // self.batch_size)
 
   def count(self, batch: int) -> int:
-    """How many examples batch number `batch` of `once` has, in all processes."""
+    """The number of examples in batch number `batch` of `once`, over all processes."""
     return min(self.batch_size, len(self.source) - batch * self.batch_size)
 
   def __iter__(self) -> Iterator[Example]:
+    """The batches of steps 0, 1, ..., without end."""
     return self.iterate()
 
 
 @dataclasses.dataclass(frozen=True)
 class Padded:
-  """A source whose length is a multiple of the batch size; its last example is repeated.
+  """A source whose length is a multiple of the batch size, since its last example is repeated.
+
+  Its examples also have a `weight`: 1 for those of the source and 0 for repetitions.
 
   Attributes:
     source: the examples.
@@ -175,16 +188,18 @@ class Padded:
   batch_size: int
 
   def __len__(self) -> int:
+    """The length of the source, rounded up to a multiple of the batch size."""
     return -(-len(self.source) // self.batch_size) * self.batch_size
 
   def __getitem__(self, i: int) -> Example:
+    """Example number `i` of the source, or beyond its end the last one, with its `weight`."""
     count = len(self.source)
     return {**self.source[min(i, count - 1)], 'weight': np.float32(i < count)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Alike:
-  """A source whose images are all of the shape and type of the first one.
+  """A source that makes sure that all images have the shape and type of the first one.
 
   Attributes:
     source: the examples.
@@ -193,16 +208,21 @@ class Alike:
   source: Source
 
   def __len__(self) -> int:
+    """The length of the source."""
     return len(self.source)
 
   def __getitem__(self, i: int) -> Example:
-    """Raises `UserError` for an image of another shape or type, which would be cast in a batch."""
+    """Returns example number `i`.
+
+    Raises:
+      UserError: if its image has another shape or type, to which a batch would silently cast it.
+    """
     example = self.source[i]
     shape, dtype = _shape_and_dtype(example)
     if (shape, dtype) != self._first:
       raise UserError(
         f'Image {i} of the data set has shape {shape} and type {dtype}, but image 0 has shape '
-        f'{self._first[0]} and type {self._first[1]}: make all images alike.'
+        f'{self._first[0]} and type {self._first[1]}: give all images one shape and type.'
       )
     return example
 
@@ -222,15 +242,16 @@ def get_dataset(
   """The training and evaluation splits of `config.data.dataset`.
 
   Args:
-    config: reads `data`, `seed`, and the batch sizes of `training` and `eval`.
+    config: the configuration, of which `data`, `seed`, and the batch size of `training` or `eval`
+      are read.
     uniform_dequantization: see `get_preprocess_fn`.
-    evaluation: use `eval.batch_size`, no shuffling and no flipping in both splits.
+    evaluation: use `eval.batch_size`, and neither shuffle nor flip the training split either.
 
   Returns:
     The training split, the evaluation split and the source of the training examples.
 
   Raises:
-    UserError: for an unknown data set, a wrong image shape or a batch that devices cannot share.
+    UserError: as `get_source` and `check_batch_size`.
   """
   field = 'eval' if evaluation else 'training'
   batch_size = config[field].batch_size
@@ -239,7 +260,13 @@ def get_dataset(
   def make(split: str, evaluation: bool) -> Dataset:
     source = get_source(config, split)
     preprocess = get_preprocess_fn(config, uniform_dequantization, evaluation)
-    return Dataset(source, batch_size, config.seed, not evaluation, preprocess)
+    return Dataset(
+      source,
+      batch_size=batch_size,
+      seed=config.seed,
+      shuffle=not evaluation,
+      preprocess=preprocess,
+    )
 
   train, test = make('train', evaluation), make('test', True)
   if not evaluation:  # training looks at another evaluation batch each time
@@ -251,11 +278,11 @@ def get_source(config: ConfigDict, split: str) -> Source:
   """The examples of one split, 'train' or 'test', of `config.data.dataset`.
 
   Raises:
-    UserError: for an unknown data set or split, one without examples, or images that are not uint8
-      or not of the configured shape.
+    UserError: if the data set or the split is unknown or the split is empty, or if the images are
+      not uint8 or not of the configured shape.
   """
   if split not in ('train', 'test'):
-    raise UserError(f"There is no split {split!r}: use 'train' or 'test'.")
+    raise UserError(f"Unknown split {split!r}: use 'train' or 'test'.")
   source = DATASETS.build(config.data.dataset, config.data, config, split)
   if not len(source):
     raise UserError(
@@ -266,7 +293,15 @@ def get_source(config: ConfigDict, split: str) -> Source:
 
 
 def check_batch_size(batch_size: int, field: str) -> None:
-  """Raises `UserError` unless all devices get equal shares of a batch."""
+  """Refuses a batch that cannot be split into equal shares for all devices.
+
+  Args:
+    batch_size: size of the global batch.
+    field: its name, for the error.
+
+  Raises:
+    UserError: unless `batch_size` is a positive multiple of the number of devices.
+  """
   devices = jax.device_count()
   if batch_size < 1 or batch_size % devices:
     raise UserError(
@@ -274,7 +309,7 @@ def check_batch_size(batch_size: int, field: str) -> None:
     )
 
 
-def _check_image(image: np.ndarray, config: ConfigDict) -> None:
+def _check_image(image: Shaped[np.ndarray, '...'], config: ConfigDict) -> None:
   data = config.data
   expected = (data.image_size, data.image_size, data.num_channels)
   if image.dtype != np.uint8:

@@ -1,42 +1,72 @@
 """Distances between two sets of features, and scores of logits, in double precision on the host.
 
-Features are (N, D) arrays of any floating point type, rows are images. They are brought to double
-precision a block at a time, so that 50,000 features of Inception take little more than they are.
+Features are arrays (N, D) of real numbers with one row for each image. They are converted to double
+precision one block at a time, so that 50,000 features of Inception take little more memory than
+they already do.
 
-What would give NaN, or a number without meaning, raises `UserError`: values that are not finite,
-sets of different widths, too few images, a matrix that is no covariance.
+What would give NaN or a meaningless number raises `UserError`: values that are not finite, sets of
+different width, too few images, a matrix that is no covariance. That is why the annotations of the
+public functions, unlike those of the private ones, leave the shape open: it is theirs to check.
+
+References:
+  Binkowski et al. 2018 (KID), "Demystifying MMD GANs", https://arxiv.org/abs/1801.01401.
+  Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance: Analysis and
+    Recommendations", The American Statistician 37.
+  Heusel et al. 2017 (FID), "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+    Equilibrium", https://arxiv.org/abs/1706.08500.
+  Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models",
+    https://arxiv.org/abs/1904.06991.
+  Salimans et al. 2016 (Inception score), "Improved Techniques for Training GANs",
+    https://arxiv.org/abs/1606.03498.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Bool, Float64, Real, Shaped
 
 from runtime.errors import UserError
 
+Unchecked = Shaped[np.ndarray, '...']
+Rows = Real[np.ndarray, 'N D']
+Block = Float64[np.ndarray, 'n D']
+Mean = Float64[np.ndarray, ' D']
+Covariance = Float64[np.ndarray, 'D D']
+
 _BLOCK = 4096
-_LARGEST = 1e50  # of features and logits: the sums of their sixth powers are finite
+_LARGEST = 1e50  # of features and logits, so that the sums of their sixth powers are finite
 _PRECISION_RECALL_SAMPLES = 10_000  # more cost the square of their number
-NEIGHBOURS = 3  # of precision and recall, as published
+NEIGHBOURS = 3  # of precision and recall, as in Kynkaanniemi et al. 2019
 
 
 class FeatureMoments:
   """Mean and covariance of features that arrive in blocks.
 
+  Attributes:
+    count: number of images so far.
+    mean: their mean, (D,).
+
   Args:
-    dim: number of features.
+    dim: number of features, D.
   """
 
   def __init__(self, dim: int):
     self.count = 0
-    self.mean = np.zeros(dim)
-    self._scatter = np.zeros((dim, dim))
+    self.mean: Mean = np.zeros(dim)
+    self._scatter: Covariance = np.zeros((dim, dim))
 
-  def add(self, features: np.ndarray) -> 'FeatureMoments':
-    """Takes in more rows (Chan, Golub and LeVeque 1983, Eq. 2.1); returns itself.
+  def add(self, features: Unchecked) -> 'FeatureMoments':
+    """Adds more rows and returns itself (Chan, Golub and LeVeque 1983, Eq. 2.1).
+
+    With n rows of mean m so far and k new ones of mean m', the scatter matrices of both add up to
+    that of all but for n k / (n + k) (m' - m)(m' - m)^T.
+
+    Args:
+      features: (k, D).
 
     Raises:
-      UserError: for rows of another width, or values that are not finite.
+      UserError: if rows are not D wide or have values that are not finite.
     """
     _check_rows('features', features, len(self.mean))
     for block in _blocks(features, _BLOCK):
@@ -48,30 +78,41 @@ class FeatureMoments:
       self.count = total
     return self
 
-  def covariance(self) -> np.ndarray:
-    """The unbiased covariance.
+  def covariance(self) -> Covariance:
+    """The unbiased covariance, (D, D).
 
     Raises:
-      UserError: with fewer than two rows.
+      UserError: if there are fewer than two rows.
     """
     check_count(self.count)
     return self._scatter / (self.count - 1)
 
 
-def moments(features: np.ndarray) -> FeatureMoments:
-  """Those of a whole set."""
+def moments(features: Unchecked) -> FeatureMoments:
+  """Returns the moments of a whole set of features, (N, D).
+
+  Raises:
+    UserError: if it is no matrix of finite real numbers.
+  """
   _check_rows('features', features)
   return FeatureMoments(features.shape[1]).add(features)
 
 
 def check_count(count: int) -> None:
-  """Raises `UserError` below two samples, which have no covariance."""
+  """Refuses sets without a covariance.
+
+  Raises:
+    UserError: if `count` is less than two.
+  """
   if count < 2:
     raise UserError(f'{count} samples have no covariance: set eval.num_samples to 2 or more.')
 
 
-def flaw(mean: np.ndarray, covariance: np.ndarray) -> str:
-  """Why these cannot be the mean and the covariance of features; empty if they can."""
+def flaw(mean: Unchecked, covariance: Unchecked) -> str:
+  """Says why these cannot be the mean, (D,), and the covariance, (D, D), of features.
+
+  The result is empty if they can.
+  """
   mean, covariance = np.float64(mean), np.float64(covariance)
   dim, tolerance = mean.size, 1e-5  # far above the rounding of single precision
   if not dim or mean.shape != (dim,) or covariance.shape != (dim, dim):
@@ -92,7 +133,7 @@ def flaw(mean: np.ndarray, covariance: np.ndarray) -> str:
   return ''
 
 
-def _check_rows(what: str, rows: np.ndarray, dim: int | None = None) -> None:
+def _check_rows(what: str, rows: Unchecked, dim: int | None = None) -> None:
   """Raises `UserError` unless `rows` is a matrix, `dim` wide, of finite real numbers."""
   if rows.ndim != 2 or not rows.shape[1] or rows.dtype.kind not in 'fiu':
     raise UserError(
@@ -101,10 +142,10 @@ def _check_rows(what: str, rows: np.ndarray, dim: int | None = None) -> None:
     )
   if dim not in (None, rows.shape[1]):
     raise UserError(
-      f'The {what} have {rows.shape[1]} columns, but those that they belong to have {dim}: use one '
+      f'The {what} have {rows.shape[1]} columns, but those of the other set have {dim}: use one '
       f'eval.extractor for both.'
     )
-  # NaN is not below it either.
+  # The comparison is false for NaN, too.
   broken = sum(len(x) - int((np.abs(x) < _LARGEST).all(1).sum()) for x in _blocks(rows, _BLOCK))
   if broken:
     raise UserError(
@@ -113,24 +154,31 @@ def _check_rows(what: str, rows: np.ndarray, dim: int | None = None) -> None:
     )
 
 
-def _check_pair(real: np.ndarray, fake: np.ndarray) -> None:
+def _check_pair(real: Unchecked, fake: Unchecked) -> None:
   _check_rows('features', real)
   _check_rows('features', fake, real.shape[1])
 
 
 def frechet_distance(
-  mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray
+  first: tuple[Unchecked, Unchecked], second: tuple[Unchecked, Unchecked]
 ) -> float:
   """The FID: ||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, Eq. 6).
 
-  The eigenvalues of S1 S2 are the squared singular values of A1^T A2 where S = A A^T, and those are
-  real and not negative. They also are as exact where a covariance is singular.
+  The eigenvalues of S1 S2 are the squared singular values of A1^T A2 where S = A A^T. Singular
+  values are real and not negative, and no less exact where a covariance is singular.
+
+  Args:
+    first: the mean m1, (D,), and the covariance S1, (D, D), of one set of features.
+    second: m2 and S2 of the other, shaped likewise.
 
   Raises:
-    UserError: for what cannot be moments of features, or features of different width.
+    UserError: if these cannot be moments of features, or the features are of different width.
   """
-  if found := flaw(mean1, covariance1) or flaw(mean2, covariance2):
-    raise UserError(f'There is no FID, because {found}: make the moments again from the features.')
+  (mean1, covariance1), (mean2, covariance2) = first, second
+  if found := flaw(*first) or flaw(*second):
+    raise UserError(
+      f'The FID is undefined, since {found}: compute the moments again from features.'
+    )
   if mean1.shape != mean2.shape:
     raise UserError(
       f'FeatureMoments of {mean1.size} and of {mean2.size} features cannot be compared: use one '
@@ -140,24 +188,30 @@ def frechet_distance(
   cross = np.linalg.svd(root1.T @ root2, compute_uv=False).sum()
   gap = np.sum((np.float64(mean1) - mean2) ** 2)
   traces = sum(np.trace(covariance, dtype=np.float64) for covariance in (covariance1, covariance2))
-  # Rounding may leave less than nothing of the distance between a set and itself.
+  # Rounding can make the distance between a set and itself slightly negative.
   return float(max(gap + traces - 2 * cross, 0.0))
 
 
-def _factor(covariance: np.ndarray) -> np.ndarray:
+def _factor(covariance: Real[np.ndarray, 'D D']) -> Float64[np.ndarray, 'D rank']:
   """A with A A^T = covariance, one column for each positive eigenvalue."""
   values, vectors = np.linalg.eigh(np.float64(covariance))
   positive = values > 0
   return vectors[:, positive] * np.sqrt(values[positive])
 
 
-def kernel_distance(real: np.ndarray, fake: np.ndarray, max_block_size: int = 1024) -> float:
+def kernel_distance(real: Unchecked, fake: Unchecked, max_block_size: int = 1024) -> float:
   """The KID (Binkowski et al. 2018): the unbiased squared MMD under k(x, y) = (x.y / D + 1)^3.
 
-  A mean over blocks, cut in the order of the rows as tensorflow-gan cuts them.
+  It is a mean over blocks, which are cut in the order of the rows, as tensorflow-gan cuts them.
+
+  Args:
+    real: features of the data, (N, D).
+    fake: features of the samples, (M, D).
+    max_block_size: the largest number of rows in a block.
 
   Raises:
-    UserError: for sets of fewer than two images, of different width, or not finite.
+    UserError: if a set has fewer than two images, or values that are not finite, or if the sets are
+      of different width.
   """
   _check_pair(real, fake)
   check_count(min(len(real), len(fake)))
@@ -168,7 +222,7 @@ def kernel_distance(real: np.ndarray, fake: np.ndarray, max_block_size: int = 10
   return float(np.mean([_squared_mmd(x, y) for x, y in pairs]))
 
 
-def _parts(features: np.ndarray, count: int) -> Iterator[np.ndarray]:
+def _parts(features: Rows, count: int) -> Iterator[Block]:
   """`count` runs of rows whose lengths differ by at most one, the longer ones last."""
   size, longer = divmod(len(features), count)
   lengths = [size] * (count - longer) + [size + 1] * longer
@@ -178,21 +232,30 @@ def _parts(features: np.ndarray, count: int) -> Iterator[np.ndarray]:
   )
 
 
-def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
-  def kernel(a, b):
-    return (a @ b.T / a.shape[1] + 1) ** 3
-
-  def mean_of_different(k):
-    return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
-
-  return mean_of_different(kernel(x, x)) + mean_of_different(kernel(y, y)) - 2 * kernel(x, y).mean()
+def _squared_mmd(x: Float64[np.ndarray, 'N D'], y: Float64[np.ndarray, 'M D']) -> float:
+  within = sum(_mean_of_different(_kernel(a, a)) for a in (x, y))
+  return within - 2 * float(_kernel(x, y).mean())
 
 
-def inception_score(logits: np.ndarray) -> float:
-  """exp(E KL(p(y | x) || p(y))) (Salimans et al. 2016), over all samples at once.
+def _kernel(
+  x: Float64[np.ndarray, 'N D'], y: Float64[np.ndarray, 'M D']
+) -> Float64[np.ndarray, 'N M']:
+  return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _mean_of_different(k: Float64[np.ndarray, 'n n']) -> float:
+  """The mean over pairs of different rows; a row paired with itself would bias it."""
+  return float((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)))
+
+
+def inception_score(logits: Unchecked) -> float:
+  """exp(E_x KL(p(y | x) || p(y))) (Salimans et al. 2016), over all samples at once.
+
+  Args:
+    logits: (N, K), of K classes.
 
   Raises:
-    UserError: for no logits, or values that are not finite.
+    UserError: if N is zero, or if it is no matrix of finite real numbers.
   """
   _check_rows('logits', logits)
   if not len(logits):
@@ -205,21 +268,30 @@ def inception_score(logits: np.ndarray) -> float:
     total_p += p.sum(0)
     total_p_log_p += np.sum(p * log_p)
   marginal = total_p / len(logits)
-  # Of a class that no sample belongs to, the limit of p log p is zero.
+  # A class that no sample belongs to adds the limit of p log p, which is zero.
   log_marginal = np.log(marginal, where=marginal > 0, out=np.zeros_like(marginal))
   return float(np.exp(total_p_log_p / len(logits) - marginal @ log_marginal))
 
 
 def precision_recall(
-  real: np.ndarray, fake: np.ndarray, neighbours: int = NEIGHBOURS
+  real: Unchecked, fake: Unchecked, neighbours: int = NEIGHBOURS
 ) -> tuple[float, float]:
   """Improved precision and recall (Kynkaanniemi et al. 2019).
 
   Precision is the share of `fake` that lies no farther from some point of `real` than that point's
   k-th nearest neighbour in `real`; recall is the same with the sets exchanged.
 
+  Args:
+    real: features of the data, (N, D).
+    fake: features of the samples, (M, D).
+    neighbours: k.
+
+  Returns:
+    Precision and recall, both in [0, 1].
+
   Raises:
-    UserError: if a set has not more than k points, or as `kernel_distance`.
+    UserError: if a set has k points or fewer, or values that are not finite, or if the sets are of
+      different width.
   """
   _check_pair(real, fake)
   smallest = min(len(real), len(fake))
@@ -234,8 +306,8 @@ def precision_recall(
   )
 
 
-def _radii(points: np.ndarray, neighbours: int) -> np.ndarray:
-  """Squared distance from each point to its k-th nearest neighbour; the nearest is itself."""
+def _radii(points: Rows, neighbours: int) -> Float64[np.ndarray, ' N']:
+  """Squared distance from each point to its k-th nearest neighbour, number 0 being itself."""
   radii = [
     np.partition(d, neighbours, axis=1)[:, neighbours].copy()  # a view would keep all distances
     for d in _squared_distances(points, points)
@@ -243,13 +315,17 @@ def _radii(points: np.ndarray, neighbours: int) -> np.ndarray:
   return np.concatenate(radii)
 
 
-def _covered(points: np.ndarray, centers: np.ndarray, radii: np.ndarray) -> float:
+def _covered(
+  points: Real[np.ndarray, 'M D'], centers: Rows, radii: Float64[np.ndarray, ' N']
+) -> float:
+  """The share of the points that lie in a ball around one of the centers, of its squared radius."""
   rows = _squared_distances(points, centers)
-  return float(np.mean(np.concatenate([(d <= radii).any(axis=1) for d in rows])))
+  inside: Bool[np.ndarray, ' M'] = np.concatenate([(d <= radii).any(axis=1) for d in rows])
+  return float(np.mean(inside))
 
 
-def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
-  """Rows of the matrix of squared distances, some at a time."""
+def _squared_distances(x: Rows, y: Real[np.ndarray, 'M D']) -> Iterator[Float64[np.ndarray, 'n M']]:
+  """Blocks of rows of the matrix (N, M) of squared distances."""
   y_squares = np.concatenate([(block**2).sum(1) for block in _blocks(y, _BLOCK)])
   for rows in _blocks(x, 512):
     products = np.concatenate([rows @ block.T for block in _blocks(y, _BLOCK)], axis=1)
@@ -259,19 +335,25 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
     yield products
 
 
-def _blocks(features: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def _blocks(features: Rows, size: int) -> Iterator[Block]:
   for start in range(0, len(features), size):
     yield np.float64(features[start : start + size])
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-  """`fid` -> `fid_inception_50k`."""
+  """Names numbers after their extractor and the number of samples, as `fid_inception_50k`.
+
+  Attributes:
+    extractor: name of the extractor.
+    count: number of samples.
+  """
 
   extractor: str
   count: int
 
   def __call__(self, metric: str) -> str:
+    """Returns the full name of the number `metric`; `50k` stands for 50,000 samples."""
     count = f'{self.count // 1000}k' if self.count % 1000 == 0 else str(self.count)
     return f'{metric}_{self.extractor}_{count}'
 
@@ -279,26 +361,48 @@ class Names:
 def split_half_baseline(
   extractor_name: str,
   halves: tuple[FeatureMoments, FeatureMoments],
-  pool_3: np.ndarray | None = None,
+  pool_3: Unchecked | None = None,
 ) -> dict[str, float]:
-  """Numbers of every second image compared with the others: what perfect samples would have.
+  """Compares every second image of the data with the others: what perfect samples would score.
 
   Args:
     extractor_name: for the names of the numbers.
     halves: moments of the features of every second image, and of the others.
-    pool_3: the features of all; without them there is only the FID.
+    pool_3: the features of all images, (N, D); without them only the FID is computed.
+
+  Returns:
+    Numbers by name; none if a half has fewer than two images.
+
+  Raises:
+    UserError: if the features are not finite.
   """
   real, other = halves
   if other.count < 2:
     return {}
-  fid = frechet_distance(real.mean, real.covariance(), other.mean, other.covariance())
+  fid = frechet_distance((real.mean, real.covariance()), (other.mean, other.covariance()))
   baseline = {Names(extractor_name, other.count)('fid'): fid}
   if pool_3 is not None:
     baseline |= feature_metrics(extractor_name, pool_3[::2], pool_3[1::2])
   return baseline
 
 
-def feature_metrics(extractor_name: str, real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
+def feature_metrics(extractor_name: str, real: Unchecked, fake: Unchecked) -> dict[str, float]:
+  """Computes the numbers that need the features themselves: KID, precision and recall.
+
+  Precision and recall are of the first 10,000 images of each set, and left out if a set has no more
+  than `NEIGHBOURS`.
+
+  Args:
+    extractor_name: for the names of the numbers.
+    real: features of the data, (N, D).
+    fake: features of the samples, (M, D).
+
+  Returns:
+    Numbers by name.
+
+  Raises:
+    UserError: as `kernel_distance`.
+  """
   numbers = {Names(extractor_name, len(fake))('kid'): kernel_distance(real, fake)}
   real, fake = real[:_PRECISION_RECALL_SAMPLES], fake[:_PRECISION_RECALL_SAMPLES]
   if min(len(real), len(fake)) > NEIGHBOURS:

@@ -89,7 +89,7 @@ def time_metrics() -> dict[str, object]:
   seconds['statistics'] = time.perf_counter() - start
   start = time.perf_counter()
   logits = rng.standard_normal((len(fake), inception.NUM_CLASSES), np.float32)
-  numbers, _ = evaluation.sample_metrics('random', stats, fake, logits)
+  numbers, _ = evaluation.sample_metrics('random', stats, pool_3=fake, logits=logits)
   seconds['metrics'] = time.perf_counter() - start
   return {
     'features': _COUNT.value,

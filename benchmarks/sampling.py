@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
     return moments.mean, moments.covariance()
 
   reference = described(images_of(base, 'train'))
-  distance = lambda images: round(metrics.frechet_distance(*reference, *described(images)), 3)
+  distance = lambda images: round(metrics.frechet_distance(reference, described(images)), 3)
   rows = []
 
   def add(row: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Formats of checkpoint files: each is a class that recognises and reads one; register your own."""
+"""Formats of checkpoint files, each a class that recognises and reads it; register your own."""
 
 from formats.base import (
   FORMATS,

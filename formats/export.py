@@ -1,14 +1,13 @@
-"""What `--mode=export` writes: the EMA weights in safetensors."""
+"""The files of `--mode=export`: the EMA weights in safetensors."""
 
 import json
 import pathlib
 import re
-from typing import Any
 
 import safetensors
 from ml_collections import ConfigDict
 
-from formats.base import Contents, Format, ImportedCheckpoint, register_format
+from formats.base import Content, Contents, Format, ImportedCheckpoint, register_format
 from runtime import configuration
 from runtime import workdir as workdirs
 from runtime.errors import UserError
@@ -17,13 +16,19 @@ from runtime.weights import enumerate_names
 
 @register_format(name='an export in safetensors')
 class Safetensors(Format):
-  """What `export_checkpoint` writes: the EMA weights only."""
+  """A file of `export_checkpoint`, which has the EMA weights only."""
 
   def recognises(self, head: bytes) -> bool:
-    # The length of the JSON header, at most 100 MB, and the header.
+    """Whether the file begins with a length and a JSON header, as safetensors do."""
+    # The length has eight bytes, the upper four of which are zero: a header is at most 100 MB.
     return head[4:9] == b'\0\0\0\0{'
 
   def read(self, path: pathlib.Path, config: ConfigDict) -> ImportedCheckpoint:
+    """Reads an export, whose weights are both the parameters and their moving averages.
+
+    Raises:
+      UserError: if the file has no tensors `params/...` or no step, so is not of `--mode=export`.
+    """
     prefix = 'params/'
     with safetensors.safe_open(path, framework='numpy') as opened:
       metadata, names = opened.metadata() or {}, opened.keys()
@@ -48,8 +53,8 @@ class Safetensors(Format):
     return ImportedCheckpoint(int(step), params, params, model_state=model_state, settings=settings)
 
 
-def _json(text: str) -> Any:
-  """What a text says in JSON; the text itself if that is nothing."""
+def _json(text: str) -> Content:
+  """The value of a text in JSON, or the text itself if it is not JSON."""
   try:
     return json.loads(text)
   except (ValueError, RecursionError):

@@ -2,12 +2,18 @@
 
 import pathlib
 
-import numpy as np
 from ml_collections import ConfigDict
 
-from formats.base import AdamMoments, Contents, Format, ImportedCheckpoint, register_format
+from formats.base import (
+  AdamMoments,
+  Content,
+  Contents,
+  Format,
+  ImportedCheckpoint,
+  Leaves,
+  register_format,
+)
 from runtime import weights
-from runtime.weights import Arrays
 
 
 @register_format(name='a Flax checkpoint of the 2021 code')
@@ -15,12 +21,19 @@ class FlaxCheckpoint(Format):
   """The MessagePack of the 2021 training state, with flax.optim's Adam."""
 
   def recognises(self, head: bytes) -> bool:
-    # A map of a few entries, the name of the first one. (A length of safetensors has zeros there.)
+    """Whether the file begins with a small MessagePack map whose first key is a name."""
+    # A map of up to 15 entries, a string of 2 to 31 bytes, and its letters, where the length that
+    # safetensors begin with has zeros.
     return (
       b'\x81' <= head[:1] <= b'\x8f' and b'\xa2' <= head[1:2] <= b'\xbf' and head[2:4].isalpha()
     )
 
   def read(self, path: pathlib.Path, config: ConfigDict) -> ImportedCheckpoint:
+    """Reads a training state; names and layouts of its arrays are ours.
+
+    Raises:
+      UserError: if a part of the state is missing.
+    """
     del config
     content = weights.restore_flax(path.read_bytes())
     file = Contents(path, content, 'give a checkpoint_<number> of the 2021 code')
@@ -40,6 +53,7 @@ class FlaxCheckpoint(Format):
     )
 
 
-def _with_last(flat: Arrays, leaf: str) -> dict[str, np.ndarray]:
+def _with_last(flat: Leaves, leaf: str) -> dict[str, Content]:
+  """The leaves whose path ends in `leaf`, by the path of the parameter above it."""
   suffix = f'/{leaf}'
   return {path.removesuffix(suffix): x for path, x in flat.items() if path.endswith(suffix)}

@@ -1,4 +1,4 @@
-"""Networks; `models.utils` is the way in. Importing the package registers those below."""
+"""Networks. `models.utils` creates them by name; importing this package registers those below."""
 
 from models import ddpm as ddpm
 from models import ncsnpp as ncsnpp

@@ -5,11 +5,15 @@ in the range [0, 1],
 
   y_t = inverse_scaler(x_t / alpha_t) = image + sigma' z,  sigma' = (sigma_t / alpha_t) slope,
 
-where slope is the derivative of the inverse scaler. So one classifier that is told sigma' serves
-the VE, VP and sub-VP SDEs and those of users. It is trained at noise levels sigma' that are uniform
-in the logarithm, as uniform times of the VE SDE make them. Uniform times of the VP SDE would put
-half of all examples above sigma' = 1.7, where there is little left to see: after 1,000 steps on the
-digits they gave 94.4 % instead of 97.0 % on clean ones, and 28.6 % instead of 25.0 % at sigma' = 3.
+where slope is the derivative of the inverse scaler. So one classifier that is conditioned on sigma'
+serves the VE, VP and sub-VP SDEs and those of users. It is trained at noise levels sigma' that are
+uniform in the logarithm, like those of the VE SDE at uniform times. Uniform times of the VP SDE
+would put half of all examples above sigma' = 1.7, where little of an image can be seen: after 1,000
+steps on the digits they gave 94.4 % instead of 97.0 % on clean ones, and 28.6 % instead of 25.0 %
+at sigma' = 3.
+
+Equation numbers are those of Song et al. 2021, "Score-Based Generative Modeling through Stochastic
+Differential Equations", https://arxiv.org/abs/2011.13456.
 """
 
 import dataclasses
@@ -26,8 +30,20 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jaxtyping import Float, PyTree
 
 from runtime import weights
+from runtime.array_types import (
+  Array,
+  Batch,
+  Images,
+  Labels,
+  Logits,
+  PerExample,
+  RandomKey,
+  Scalar,
+  Scaler,
+)
 from runtime.errors import UserError
 from runtime.registry import Registry
 from sde_lib import SDE, batch_mul
@@ -36,8 +52,7 @@ CLASSIFIERS = Registry('classifier')
 register_classifier = CLASSIFIERS.register
 get_classifier = CLASSIFIERS.get
 
-PyTree = Any
-LogitFn = Callable[[jax.Array, jax.Array], jax.Array]
+LogitFn = Callable[[Batch, PerExample], Logits]
 
 # Of the pixels of CIFAR-10's training images in [0, 1].
 CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
@@ -46,60 +61,73 @@ CIFAR10_STD = (0.24703223, 0.24348513, 0.26158784)
 
 @dataclasses.dataclass(frozen=True)
 class NoiseConditionalClassifier:
-  """A trained classifier of images of the range [0, 1] with Gaussian noise.
+  """A trained classifier of images in [0, 1] with Gaussian noise.
 
   Attributes:
     module: the network, called as `module.apply({'params': params}, images, sigmas)`.
     params: its parameters.
-    sigma_min: smallest noise level of its training, in units of images in [0, 1].
-    sigma_max: the largest.
+    sigma_min: smallest noise level that it was trained at, in units of images in [0, 1].
+    sigma_max: largest noise level that it was trained at.
     image_shape: (H, W, C).
-    info: what its file says of it, with the accuracy on the test split.
+    info: the metadata of its file, with the accuracy on the test split.
   """
 
-  module: Any
+  module: nn.Module
   params: PyTree
   sigma_min: float
   sigma_max: float
   image_shape: tuple[int, int, int]
   info: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
-  def logits(self, images: jax.Array, sigmas: jax.Array) -> jax.Array:
-    """Logits (B, num_classes) of noisy images (B, H, W, C) with noise levels (B,)."""
+  def logits(self, images: Images, sigmas: PerExample) -> Logits:
+    """Returns the logits, (B, num_classes), of noisy images.
+
+    Args:
+      images: images in [0, 1] plus noise, (B, H, W, C).
+      sigmas: standard deviation of the noise, (B,), in units of images in [0, 1]. Values outside
+        [sigma_min, sigma_max] are clipped.
+    """
     return self.module.apply({'params': self.params}, images, self._clamp(sigmas), train=False)
 
-  def features(self, images: jax.Array, sigmas: jax.Array) -> jax.Array:
-    """What the last layer sees, (B, D); zero noise levels are those of clean images."""
+  def features(self, images: Images, sigmas: PerExample) -> Float[Array, 'B D']:
+    """Returns the input of the last layer, (B, D); arguments as of `logits`.
+
+    The noise level of clean images is zero.
+    """
     return self.module.apply(
       {'params': self.params}, images, self._clamp(sigmas), method='features'
     )
 
-  def _clamp(self, sigmas: jax.Array) -> jax.Array:
-    """Noise levels that it was not trained with become the nearest that it was."""
+  def _clamp(self, sigmas: PerExample) -> PerExample:
+    """The nearest noise levels that it was trained at."""
     return jnp.clip(sigmas, self.sigma_min, self.sigma_max)
 
 
 def create_classifier(
-  prng_key: jax.Array,
+  prng_key: RandomKey,
   batch_size: int,
   ckpt_path: str | pathlib.Path | None = None,
   name: str = 'wideresnet_noise_conditional',
   image_shape: Sequence[int] = (32, 32, 3),
   **fields: Any,
 ) -> tuple[nn.Module, PyTree]:
-  """A noise-conditional classifier of images and its parameters.
+  """Creates a noise-conditional classifier of images, with its parameters.
 
   Args:
     prng_key: for fresh parameters.
     batch_size: of the batch that they are initialized with; they do not depend on it.
-    ckpt_path: a file of parameters, as `--mode=train_classifier` writes it, which knows the name,
-      the shape and the fields itself, or as `flax.serialization.to_bytes` does; None draws them.
+    ckpt_path: a file of parameters. If `--mode=train_classifier` wrote it, it also sets the name,
+      the shape and the fields; if `flax.serialization.to_bytes` did, it has parameters only. None
+      draws fresh ones.
     name: of a registered classifier.
     image_shape: (H, W, C).
-    **fields: of the classifier, such as `num_classes`.
+    **fields: fields of the classifier, such as `num_classes`.
+
+  Returns:
+    The module and its parameters.
 
   Raises:
-    UserError: for an unknown name or field, or a file that is not there or holds something else.
+    UserError: if the name or a field is unknown, or the file is missing or holds something else.
   """
   if ckpt_path is not None and is_classifier_file(ckpt_path):
     params, info = read_classifier_file(ckpt_path)
@@ -120,7 +148,7 @@ def create_classifier(
     )
   classifier = cls(**fields)
 
-  def init(rng):
+  def init(rng: RandomKey) -> PyTree:
     images, sigmas = jnp.zeros((batch_size, *image_shape)), jnp.ones(batch_size)
     return classifier.init(rng, images, sigmas, train=False)['params']
 
@@ -128,7 +156,7 @@ def create_classifier(
     return classifier, jax.jit(init)(prng_key)
   try:
     params = weights.fit(weights.flatten(params), jax.eval_shape(init, prng_key))
-  except Exception as error:  # fields and parameters can be anything too
+  except Exception as error:  # fields and parameters can be of any type, too
     raise UserError(
       f'{ckpt_path} does not fit the classifier {name} with {fields} ({_reason(error)}): '
       f'create it with the fields that it was trained with.'
@@ -137,10 +165,10 @@ def create_classifier(
 
 
 def load_classifier(path: str | pathlib.Path) -> NoiseConditionalClassifier:
-  """The classifier in a file `classifier.safetensors` of `--mode=train_classifier`.
+  """Loads the classifier in a file `classifier.safetensors` of `--mode=train_classifier`.
 
   Raises:
-    UserError: if the file is not there, or holds something else.
+    UserError: if the file is missing or holds something else.
   """
   if not path:
     raise UserError(
@@ -151,26 +179,36 @@ def load_classifier(path: str | pathlib.Path) -> NoiseConditionalClassifier:
   _, info = read_classifier_file(path)
   module, params = create_classifier(jax.random.PRNGKey(0), 1, path)
   return NoiseConditionalClassifier(
-    module, params, info['sigma_min'], info['sigma_max'], tuple(info['image_shape']), info
+    module=module,
+    params=params,
+    sigma_min=info['sigma_min'],
+    sigma_max=info['sigma_max'],
+    image_shape=tuple(info['image_shape']),
+    info=info,
   )
 
 
 def get_logit_fn(
   classifier: nn.Module,
   params: PyTree,
+  *,
   mean: Sequence[float] = CIFAR10_MEAN,
   std: Sequence[float] = CIFAR10_STD,
 ) -> LogitFn:
-  """The classifier as a function (x_t, sigma (B,)) -> logits of noisy images of the range [0, 1].
+  """Returns the classifier as a function `(x, sigma) -> logits` of noisy images.
+
+  Here `x` is (B, H, W, C), images in [0, 1] plus noise; it enters the classifier as
+  (x - mean) / std. sigma is the standard deviation of the noise, (B,), in units of images in
+  [0, 1], and enters unchanged. The logits are (B, num_classes).
 
   Args:
     classifier: a noise-conditional classifier.
     params: its parameters.
-    mean: of each channel of the images that it was trained with.
-    std: their standard deviation.
+    mean: mean of each channel of the images that it was trained on.
+    std: standard deviation of each channel.
   """
 
-  def logit_fn(data: jax.Array, noise_level: jax.Array) -> jax.Array:
+  def logit_fn(data: Batch, noise_level: PerExample) -> Logits:
     data = (data - jnp.asarray(mean)) / jnp.asarray(std)
     return classifier.apply({'params': params}, data, noise_level, train=False)
 
@@ -179,13 +217,17 @@ def get_logit_fn(
 
 def get_classifier_grad_fn(
   logit_fn: LogitFn,
-) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-  """The gradient of log p(y | x_t) in x_t, `(x_t, sigma (B,), labels (B,)) -> (B, H, W, C)`.
+) -> Callable[[Batch, PerExample, Labels], Batch]:
+  """Returns the function `(x, sigma, y) -> ` gradient of log p(y | x) in x.
 
-  Added to the score it makes the score of p(x_t | y) (Eq. 14).
+  Here x is (B, ...), sigma its noise level, (B,), y the class of each example, (B,), and the
+  gradient is shaped as x. Added to the score it makes the score of p(x_t | y) (Eq. 14).
+
+  Args:
+    logit_fn: `(x, sigma) -> logits`, (B, num_classes).
   """
 
-  def log_likelihood(data: jax.Array, noise_level: jax.Array, labels: jax.Array) -> jax.Array:
+  def log_likelihood(data: Batch, noise_level: PerExample, labels: Labels) -> Scalar:
     log_p = jax.nn.log_softmax(logit_fn(data, noise_level))
     return jnp.sum(jnp.take_along_axis(log_p, labels[:, None], axis=-1))
 
@@ -193,22 +235,24 @@ def get_classifier_grad_fn(
 
 
 def classifier_score(
-  sde: SDE, logit_fn: LogitFn, inverse_scaler: Callable[[jax.Array], jax.Array]
-) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-  """The function `(x_t, t (B,), labels (B,)) -> ` gradient of log p(y | x_t) in x_t, as `x_t`.
+  sde: SDE, logit_fn: LogitFn, inverse_scaler: Scaler
+) -> Callable[[Batch, PerExample, Labels], Batch]:
+  """Returns the function `(x_t, t, y) -> ` gradient of log p(y | x_t) in x_t.
 
-  Added to the score it makes the score of p(x_t | y) (Eq. 14).
+  Here x_t is (B, ...), in the range of the scaled data, t is (B,), in [0, T], y has the class of
+  each example, (B,), and the gradient is shaped as x_t. Added to the score it makes the score of
+  p(x_t | y) (Eq. 14).
 
   Args:
     sde: the forward SDE; its marginals must be linear in x_0.
-    logit_fn: `(y, sigma' (B,)) -> logits` of images of the range [0, 1] with noise, such as
-      `NoiseConditionalClassifier.logits`.
-    inverse_scaler: from the network's range to [0, 1]; affine.
+    logit_fn: `(y_t, sigma') -> logits`, (B, num_classes), of noisy images in [0, 1], such as
+      `NoiseConditionalClassifier.logits`; y_t and sigma' are those of this module's docstring.
+    inverse_scaler: the affine map from the range of the scaled data to [0, 1].
   """
   grad_fn = get_classifier_grad_fn(logit_fn)
   slope = inverse_scaler(1.0) - inverse_scaler(0.0)
 
-  def score(x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
+  def score(x: Batch, t: PerExample, labels: Labels) -> Batch:
     alpha, sigma = sde.alpha_sigma(t)
     images = inverse_scaler(batch_mul(1 / alpha, x))
     return batch_mul(slope / alpha, grad_fn(images, slope * sigma / alpha, labels))
@@ -217,7 +261,7 @@ def classifier_score(
 
 
 def is_classifier_file(path: str | pathlib.Path) -> bool:
-  """Whether `path` is a file in safetensors, as `--mode=train_classifier` writes them."""
+  """Whether `path` is a readable file in safetensors, as `--mode=train_classifier` writes it."""
   try:
     with open(path, 'rb') as file:
       head = file.read(9)
@@ -227,13 +271,14 @@ def is_classifier_file(path: str | pathlib.Path) -> bool:
 
 
 def read_classifier_file(path: str | pathlib.Path) -> tuple[PyTree, dict[str, Any]]:
-  """The parameters in a file of `--mode=train_classifier`, and what it says of them.
+  """Reads the parameters and the metadata in a file of `--mode=train_classifier`.
 
   Returns:
-    The parameters, and `name`, `fields`, `image_shape`, `sigma_min`, `sigma_max`, `accuracy`, ...
+    The parameters, and the metadata: `name`, `fields`, `image_shape`, `sigma_min`, `sigma_max`,
+    `accuracy`, ...
 
   Raises:
-    UserError: if it is not there, or no such file.
+    UserError: if the file is missing or holds something else.
   """
   try:
     with safetensors.safe_open(path, framework='numpy') as file:
@@ -248,10 +293,10 @@ def read_classifier_file(path: str | pathlib.Path) -> tuple[PyTree, dict[str, An
 
 
 def _classifier_info(metadata: Mapping[str, str]) -> dict[str, Any]:
-  """What the metadata of a file says of its classifier.
+  """The name, fields, shape and noise levels of a classifier from the metadata of its file.
 
   Raises:
-    ValueError: if it is not what `--mode=train_classifier` writes.
+    ValueError: if `--mode=train_classifier` cannot have written this metadata.
   """
   if 'classifier' not in metadata:
     found = weights.enumerate_names(metadata)
@@ -280,11 +325,11 @@ def _classifier_info(metadata: Mapping[str, str]) -> dict[str, Any]:
   return info
 
 
-def _is_number(x: Any) -> bool:
+def _is_number(x: object) -> bool:
   return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def _is_image_shape(x: Any) -> bool:
+def _is_image_shape(x: object) -> bool:
   return (
     isinstance(x, list) and len(x) == 3 and all(isinstance(n, int) and 0 < n < 2**16 for n in x)
   )
@@ -294,7 +339,7 @@ def _read_flax_file(path: str | pathlib.Path) -> PyTree:
   """The parameters in a file of `flax.serialization.to_bytes`."""
   try:
     return weights.restore_flax(pathlib.Path(path).read_bytes())
-  except Exception as error:  # as above
+  except Exception as error:  # a hostile file can make a parser raise anything
     raise UserError(
       f'{path} is not a file of parameters ({_reason(error)}): give the classifier.safetensors of '
       f'a run of --mode=train_classifier, or the flax.serialization.to_bytes of the parameters.'
@@ -306,7 +351,12 @@ def _reason(error: Exception) -> str:
 
 
 def write_classifier_file(params: PyTree, info: dict[str, Any]) -> bytes:
-  """The content of a file that `read_classifier_file` reads."""
+  """Returns the content of a file that `read_classifier_file` reads.
+
+  Args:
+    params: arrays in nested dictionaries.
+    info: the metadata, whose values JSON can hold.
+  """
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
   return safetensors.numpy.save(arrays, {'classifier': json.dumps(info)})

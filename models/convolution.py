@@ -1,10 +1,10 @@
 """Convolutions (NHWC, HWIO) whose gradients are fast on every backend, also inside loops.
 
 XLA on CPU computes the weight gradient of a small convolution at a tenth of the speed of a matrix
-product, and both gradients many times slower still inside a compiled loop
+product, and inside a compiled loop both gradients are many times slower still
 (https://github.com/jax-ml/jax/issues/12868). Here the weight gradient on CPU is written as matrix
-products over the patches of a few images at a time, which stay in cache. Other backends keep their
-own. Forward-mode derivatives work too, and cost two convolutions.
+products over the patches of a few images at a time, which stay in cache. Other backends keep XLA's
+gradient. Forward-mode derivatives work too, and cost two convolutions.
 """
 
 import functools
@@ -15,26 +15,43 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero, linear_call
+from jaxtyping import Float
 
 from runtime import parallelism
+from runtime.array_types import Array, FeatureMaps
+
+Kernel = Float[Array, 'h w I O']
+Dilation = tuple[int, int]
 
 _DIMENSION_NUMBERS = ('NHWC', 'HWIO', 'NHWC')
-_PATCH_BYTES = 2**21  # of one group of images in the weight gradient; larger falls out of cache
+_PATCH_BYTES = 2**21  # of one group of images in the weight gradient; more would leave the cache
 
 
 def conv_general_dilated(
-  x: jax.Array,
-  kernel: jax.Array,
+  x: FeatureMaps,
+  kernel: Kernel,
   window_strides: Sequence[int] = (1, 1),
   padding: str | Sequence[tuple[int, int]] = 'SAME',
   lhs_dilation: Sequence[int] | None = None,
   rhs_dilation: Sequence[int] | None = None,
   **kwargs: Any,
-) -> jax.Array:
-  """`jax.lax.conv_general_dilated` for NHWC and HWIO; give it to `flax.linen.Conv`.
+) -> Float[Array, 'B height width O']:
+  """Convolves as `jax.lax.conv_general_dilated` does for NHWC and HWIO; made for `flax.linen.Conv`.
 
-  Odd kernels at stride 1 get the gradients of this module, 1x1 kernels as matrix products in both
-  directions; everything else goes to XLA unchanged.
+  Odd kernels at stride 1 with padding 'SAME' get the gradients of this module; everything else goes
+  to XLA unchanged.
+
+  Args:
+    x: (B, H, W, C).
+    kernel: (h, w, I, O), I being C over the number of feature groups.
+    window_strides: along height and width.
+    padding: as XLA's.
+    lhs_dilation: of `x`.
+    rhs_dilation: of the kernel.
+    **kwargs: further arguments of `jax.lax.conv_general_dilated`.
+
+  Returns:
+    (B, height, width, O).
   """
   plain = (
     padding == 'SAME'
@@ -51,7 +68,7 @@ def conv_general_dilated(
   )
 
 
-def _forward(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax.Array:
+def _forward(x: FeatureMaps, kernel: Kernel, dilation: Dilation) -> Float[Array, 'B H W O']:
   """Convolution at stride 1 with an odd kernel and 'SAME' padding."""
   return lax.conv_general_dilated(
     x, kernel, (1, 1), 'SAME', rhs_dilation=dilation, dimension_numbers=_DIMENSION_NUMBERS
@@ -59,13 +76,19 @@ def _forward(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax.
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _conv(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax.Array:
+def _conv(x: FeatureMaps, kernel: Kernel, dilation: Dilation) -> Float[Array, 'B H W O']:
   return _forward(x, kernel, dilation)
 
 
 @functools.partial(_conv.defjvp, symbolic_zeros=True)
-def _conv_jvp(dilation, primals, tangents):
-  """Linear in each tangent; the part of the kernel's brings its own transpose along."""
+def _conv_jvp(
+  dilation: Dilation, primals: tuple[Any, Any], tangents: tuple[Any, Any]
+) -> tuple[jax.Array, jax.Array]:
+  """The sum of a part linear in the tangent of `x` and one linear in that of the kernel.
+
+  The second brings its own transpose along, which is how reverse mode gets the weight gradient of
+  this module.
+  """
   x, kernel = primals
   parts = []
   if type(tangents[0]) is not SymbolicZero:
@@ -74,7 +97,7 @@ def _conv_jvp(dilation, primals, tangents):
     parts.append(
       linear_call(
         lambda x, kernel: _forward(x, kernel, dilation),
-        lambda x, dy: _weight_grad(x, dy, kernel, dilation),
+        lambda x, dy: _weight_grad(x, dy, kernel=kernel, dilation=dilation),
         x,
         tangents[1],
       )
@@ -83,7 +106,10 @@ def _conv_jvp(dilation, primals, tangents):
   return y, sum(parts) if parts else jnp.zeros_like(y)
 
 
-def _weight_grad(x, dy, kernel, dilation):
+def _weight_grad(
+  x: FeatureMaps, dy: Float[Array, 'B H W O'], *, kernel: Kernel, dilation: Dilation
+) -> Float[Array, 'h w I O']:
+  """The gradient in the kernel, of which only the shape and type matter here."""
   return lax.platform_dependent(
     x,
     dy,
@@ -92,12 +118,16 @@ def _weight_grad(x, dy, kernel, dilation):
   )
 
 
-def _weight_grad_xla(x, dy, kernel, dilation):
+def _weight_grad_xla(
+  x: FeatureMaps, dy: Float[Array, 'B H W O'], *, kernel: Kernel, dilation: Dilation
+) -> Float[Array, 'h w I O']:
   return jax.linear_transpose(lambda kernel: _forward(x, kernel, dilation), kernel)(dy)[0]
 
 
-def _weight_grad_cpu(x, dy, kernel, dilation):
-  """Each device sums over its own images, and the devices add up once."""
+def _weight_grad_cpu(
+  x: FeatureMaps, dy: Float[Array, 'B H W O'], *, kernel: Kernel, dilation: Dilation
+) -> Float[Array, 'h w I O']:
+  """Each device sums over its own images, and the sums are added once."""
   mesh = parallelism.mesh()
   local = functools.partial(_weight_grad_local, kernel_shape=kernel.shape, dilation=dilation)
   if mesh.size == 1 or x.shape[0] % mesh.size:
@@ -113,7 +143,13 @@ def _weight_grad_cpu(x, dy, kernel, dilation):
   return total(x, dy).astype(kernel.dtype)
 
 
-def _weight_grad_local(x, dy, kernel_shape, dilation):
+def _weight_grad_local(
+  x: FeatureMaps,
+  dy: Float[Array, 'B H W O'],
+  *,
+  kernel_shape: tuple[int, ...],
+  dilation: Dilation,
+) -> Float[Array, 'h w I O']:
   """Sum of patches^T dy in single precision, over the patches of one group of images at a time."""
   batch, height, width, channels = x.shape
   kernel_h, kernel_w, _, features = kernel_shape
@@ -131,7 +167,7 @@ def _weight_grad_local(x, dy, kernel_shape, dilation):
     return jnp.stack(taps).reshape(kernel_h * kernel_w, -1, channels)
 
   def accumulate(i, total):
-    # Sliced here: an array regrouped before the loop would be one more copy in memory.
+    # Sliced here, since an array regrouped before the loop would be one more copy in memory.
     x_group, dy_group = (lax.dynamic_slice_in_dim(a, i * size, size) for a in (x, dy))
     taps, dy_rows = taps_of(x_group), dy_group.reshape(-1, features)
     return total + jnp.einsum('knc,no->kco', taps, dy_rows, preferred_element_type=total.dtype)

@@ -1,10 +1,12 @@
-"""The network of DDPM (Ho et al. 2020, appendix B), the ancestor of DDPM++."""
+"""The network of DDPM (Ho et al. 2020, appendix B), the ancestor of DDPM++.
+
+Ho et al. 2020, "Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2006.11239.
+"""
 
 import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from models import layerspp
@@ -20,36 +22,35 @@ from models.layers import (
   sigma_of_label,
 )
 from models.utils import register_model
+from runtime.array_types import Images, TimeLabels
 
 
 class ResnetBlockDDPM(layerspp.ResnetBlockDDPMpp):
-  """The residual block with 32 groups, and the name that checkpoints of this network have."""
+  """The residual block with 32 groups, under the name that it has in checkpoints of DDPM."""
 
   num_groups: int | None = 32
 
 
 class AttnBlock(layerspp.AttnBlockpp):
-  """Residual self-attention, likewise."""
+  """Residual self-attention with 32 groups, under the name that it has in checkpoints of DDPM."""
 
   num_groups: int | None = 32
 
 
 @register_model(name='ddpm')
 class DDPM(nn.Module):
-  """A U-Net over residual blocks with self-attention.
-
-  Called with images (B, H, W, C) and the index of a time step or noise level (B,), it returns an
-  array like the images: the score where `scale_by_sigma`, else the predicted noise.
+  """A U-Net of residual blocks with self-attention.
 
   Attributes:
     image_size: height and width.
     num_channels: image channels.
-    centered: whether images come in [-1, 1]; if not, they are brought there from [0, 1].
-    sigma_min: smallest noise level of the VE SDE (with `scale_by_sigma`).
-    sigma_max: largest one.
+    centered: whether images are scaled to [-1, 1]; if not, x in [0, 1] enters as 2 x - 1.
+    sigma_min: smallest noise level of the VE SDE, in units of the scaled data; it and the next two
+      are used with `scale_by_sigma`.
+    sigma_max: largest noise level.
     num_scales: number of noise levels.
     nf: channels at full resolution.
-    ch_mult: their multiples at each resolution, which halves from one to the next.
+    ch_mult: multiples of `nf` at each resolution; each resolution is half the one before.
     num_res_blocks: residual blocks at each resolution.
     attn_resolutions: resolutions with self-attention.
     dropout: dropout rate.
@@ -57,8 +58,8 @@ class DDPM(nn.Module):
     conditional: condition on the time step or noise level.
     nonlinearity: activation.
     scale_by_sigma: divide the output by the noise level.
-    dtype: what it computes in, 'float32' or 'bfloat16'; parameters and output are float32.
-    remat: recompute the blocks for the gradient instead of keeping what is inside them.
+    dtype: type of its activations, 'float32' or 'bfloat16'; parameters and output are float32.
+    remat: compute the activations of a block again for the gradient instead of keeping them.
   """
 
   image_size: int
@@ -80,13 +81,27 @@ class DDPM(nn.Module):
   remat: bool = False
 
   def check(self) -> None:
-    """Raises `UserError` if the fields do not make a network."""
+    """Checks the fields before the network is used.
+
+    Raises:
+      UserError: if a name is unknown, or `image_size` cannot be halved as often as `ch_mult` asks.
+    """
     get_act(self.nonlinearity)
     compute_dtype(self.dtype)
     check_halvings(self.image_size, self.ch_mult)
 
   @nn.compact
-  def __call__(self, x: jax.Array, labels: jax.Array, train: bool = True) -> jax.Array:
+  def __call__(self, x: Images, labels: TimeLabels, train: bool = True) -> Images:
+    """Predicts the score at x_t if `scale_by_sigma` is set, and else the noise in x_t.
+
+    Args:
+      x: x_t, (B, H, W, C), in the range of the scaled data.
+      labels: time labels in 0...999, or indices in 0...num_scales-1 of noise levels, (B,).
+      train: whether dropout is on.
+
+    Returns:
+      An array shaped as `x`, in float32.
+    """
     act = get_act(self.nonlinearity)
     remat = functools.partial(rematerialized, remat=self.remat)
     block = functools.partial(remat(ResnetBlockDDPM), act=act, dropout=self.dropout)
@@ -131,6 +146,8 @@ class DDPM(nn.Module):
     h = conv3x3(self.num_channels, init_scale=0.0)(act(GroupNorm(32)(h)))
     h = h.astype(jnp.float32)
     if self.scale_by_sigma:
-      sigma = sigma_of_label(labels, self.sigma_min, self.sigma_max, self.num_scales)
+      sigma = sigma_of_label(
+        labels, sigma_min=self.sigma_min, sigma_max=self.sigma_max, num_scales=self.num_scales
+      )
       h = h / sigma[:, None, None, None]
     return h

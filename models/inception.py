@@ -1,29 +1,36 @@
-"""The Inception network of the FID (Heusel et al. 2017): "inception-2015-12-05".
+"""The Inception network of the FID: "inception-2015-12-05".
 
-The first published weights of Inception-v3 (Szegedy et al. 2015). The network is a little different
-from the paper's: 1008 classes, mean pooling that leaves the padding out of the mean, and maximum
-pooling in the last block. Normalizations are folded into the convolutions before them, since
-nothing is trained here.
+These are the first published weights of Inception-v3. The network differs a little from that of the
+paper: it has 1008 classes, its mean pooling leaves the padding out of the mean, and its last block
+pools by the maximum. Normalizations are folded into the convolutions before them, since nothing is
+trained here.
+
+References:
+  Heusel et al. 2017 (FID), "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+    Equilibrium", https://arxiv.org/abs/1706.08500.
+  Szegedy et al. 2015 (Inception-v3), "Rethinking the Inception Architecture for Computer Vision",
+    https://arxiv.org/abs/1512.00567.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, PyTree, Real, Shaped
 
-PyTree = Any
+from runtime.array_types import Array, FeatureMaps, Images
 
 IMAGE_SIZE = 299
 NUM_FEATURES = 2048
 NUM_CLASSES = 1008
 _BN_EPSILON = 1e-3
 
-# From grey levels to the network's input: the paper's evaluation and the FID's own graph differ.
+# From grey levels to the network's input: as in the evaluation of Song et al. 2021, and as in the
+# graph that the authors of the FID published.
 SCALINGS = {
   'tfgan': lambda x: (x - 127.5) / 127.5,
   'ttur': lambda x: (x - 128.0) / 128.0,
@@ -31,10 +38,10 @@ SCALINGS = {
 
 
 @functools.cache
-def _bilinear_matrix(size: int, new_size: int) -> np.ndarray:
-  """(new_size, size): bilinear interpolation as TensorFlow 1 did it, output pixel i at i / scale.
+def _bilinear_matrix(size: int, new_size: int) -> Float[np.ndarray, '{new_size} {size}']:
+  """Bilinear interpolation as TensorFlow 1 did it, with output pixel i at i size / new_size.
 
-  Neither half-pixel centers nor antialiasing; beyond the last pixel it goes on as a constant.
+  It uses neither half-pixel centers nor antialiasing, and repeats the last pixel beyond the end.
   """
   position = np.arange(new_size) * (size / new_size)
   low = np.floor(position).astype(int)
@@ -45,8 +52,8 @@ def _bilinear_matrix(size: int, new_size: int) -> np.ndarray:
   return matrix.astype(np.float32)
 
 
-def resize(images: jax.Array, size: int = IMAGE_SIZE) -> jax.Array:
-  """Images (B, H, W, C) at `size` x `size`, interpolated as TensorFlow 1 did."""
+def resize(images: Images, size: int = IMAGE_SIZE) -> Float[Array, 'B {size} {size} C']:
+  """Resizes images (B, H, W, C) to (B, size, size, C), interpolating as TensorFlow 1 did."""
   rows = _bilinear_matrix(images.shape[1], size)
   columns = _bilinear_matrix(images.shape[2], size)
   product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -69,7 +76,7 @@ class _Conv(nn.Module):
   padding: str = 'SAME'
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: FeatureMaps) -> Float[Array, 'B height width {self.features}']:
     x = nn.Conv(
       self.features,
       self.kernel_size,
@@ -81,19 +88,21 @@ class _Conv(nn.Module):
     return nn.relu(x)
 
 
-def _max_pool(x: jax.Array) -> jax.Array:
+def _max_pool(x: FeatureMaps) -> Float[Array, 'B height width C']:
   return nn.max_pool(x, (3, 3), (2, 2))
 
 
-def _mean_pool(x: jax.Array) -> jax.Array:
+def _mean_pool(x: FeatureMaps) -> FeatureMaps:
   return nn.avg_pool(x, (3, 3), (1, 1), 'SAME', count_include_pad=False)
 
 
-def _max_pool_same(x: jax.Array) -> jax.Array:
+def _max_pool_same(x: FeatureMaps) -> FeatureMaps:
   return nn.max_pool(x, (3, 3), (1, 1), 'SAME')
 
 
-def _chain(x: jax.Array, name: str, *convs: tuple[int, tuple[int, int]]) -> jax.Array:
+def _chain(
+  x: FeatureMaps, name: str, *convs: tuple[int, tuple[int, int]]
+) -> Float[Array, 'B H W D']:
   """Convolutions `<name>_1`, `<name>_2`, ... of the given channels and kernel sizes."""
   for i, (features, kernel_size) in enumerate(convs, 1):
     x = _Conv(features, kernel_size, name=f'{name}_{i}')(x)
@@ -106,7 +115,7 @@ class _Block35(nn.Module):
   pool_features: int
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: FeatureMaps) -> Float[Array, 'B height width D']:
     branches = [
       _Conv(64, name='branch1x1')(x),
       _chain(x, 'branch5x5', (48, (1, 1)), (64, (5, 5))),
@@ -120,7 +129,7 @@ class _Reduction17(nn.Module):
   """From 35x35 to 17x17."""
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: FeatureMaps) -> Float[Array, 'B height width D']:
     double = _chain(x, 'branch3x3dbl', (64, (1, 1)), (96, (3, 3)))
     branches = [
       _Conv(384, (3, 3), 2, 'VALID', name='branch3x3')(x),
@@ -136,7 +145,7 @@ class _Block17(nn.Module):
   width: int
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: FeatureMaps) -> Float[Array, 'B height width D']:
     c, row, column = self.width, (1, 7), (7, 1)
     branches = [
       _Conv(192, name='branch1x1')(x),
@@ -151,7 +160,7 @@ class _Reduction8(nn.Module):
   """From 17x17 to 8x8."""
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: FeatureMaps) -> Float[Array, 'B height width D']:
     narrow = _chain(x, 'branch3x3', (192, (1, 1)))
     wide = _chain(x, 'branch7x7x3', (192, (1, 1)), (192, (1, 7)), (192, (7, 1)))
     branches = [
@@ -165,10 +174,10 @@ class _Reduction8(nn.Module):
 class _Block8(nn.Module):
   """Inception block at 8x8: 3x3 convolutions that end side by side as 1x3 and 3x1."""
 
-  pool: Any
+  pool: Callable[[FeatureMaps], FeatureMaps]
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: FeatureMaps) -> Float[Array, 'B height width D']:
     short = _chain(x, 'branch3x3', (384, (1, 1)))
     long = _chain(x, 'branch3x3dbl', (448, (1, 1)), (384, (3, 3)))
     branches = [
@@ -183,18 +192,21 @@ class _Block8(nn.Module):
 
 
 class FIDInception(nn.Module):
-  """From scaled 299x299 images (B, 299, 299, 3) to a dictionary of features and logits.
-
-  '64', '192' and '768' are means over the pixels after the two maximum poolings and before the last
-  reduction; 'pool_3' has the 2048 features of the FID, 'logits' the 1008 logits, and
-  'logits_unbiased' those without the bias of the last layer, which the Inception score uses.
-  """
+  """Inception-v3 with the outputs that the FID, the KID and the Inception score are made of."""
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
+  def __call__(self, x: Float[Array, 'B 299 299 3']) -> dict[str, Float[Array, 'B _']]:
+    """Describes scaled images, (B, 299, 299, 3), by features and logits.
+
+    Returns:
+      '64', '192' and '768', (B, 64), (B, 192) and (B, 768): means over the pixels after the first
+      and the second maximum pooling and before the last reduction. 'pool_3', (B, 2048): the
+      features of the FID. 'logits', (B, 1008), and 'logits_unbiased': those without the bias of the
+      last layer, which the Inception score uses.
+    """
     outputs = {}
 
-    def mean(x):
+    def mean(x: FeatureMaps) -> Float[Array, 'B C']:
       return jnp.mean(x, (1, 2))
 
     x = _Conv(32, (3, 3), 2, 'VALID', name='Conv2d_1a_3x3')(x)
@@ -221,12 +233,14 @@ class FIDInception(nn.Module):
     return outputs | {'logits_unbiased': logits, 'logits': logits + bias}
 
 
-def forward(params: PyTree, images: jax.Array, scaling: str = 'tfgan') -> dict[str, jax.Array]:
-  """Outputs of `FIDInception` for images of grey levels, 0 to 255, (B, H, W, 1 or 3).
+def forward(
+  params: PyTree, images: Real[Array, 'B H W C'], scaling: str = 'tfgan'
+) -> dict[str, Float[Array, 'B _']]:
+  """Returns the outputs of `FIDInception` for images of grey levels.
 
   Args:
-    params: as `params_from_torch` makes them.
-    images: of any size; grey ones become three equal channels.
+    params: as `params_from_torch` returns them.
+    images: (B, H, W, 1 or 3), in [0, 255], of any size; a single channel is repeated three times.
     scaling: a name in `SCALINGS`.
   """
   x = SCALINGS[scaling](resize(images.astype(jnp.float32)))
@@ -235,21 +249,29 @@ def forward(params: PyTree, images: jax.Array, scaling: str = 'tfgan') -> dict[s
 
 
 def abstract_params() -> PyTree:
-  """Shapes of the parameters."""
+  """The tree of parameters of `FIDInception`, with shapes in place of arrays."""
   image = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3))
   return jax.eval_shape(FIDInception().init, jax.random.PRNGKey(0), image)['params']
 
 
-def params_from_torch(state_dict: Mapping[str, np.ndarray]) -> PyTree:
-  """The parameters from a PyTorch state dict, with the normalizations folded in.
+def params_from_torch(state_dict: Mapping[str, Shaped[np.ndarray, '...']]) -> PyTree:
+  """Returns the parameters in a PyTorch state dict, with the normalizations folded in.
 
-  A name `<block>.<branch>` there has `.conv.weight` (O, I, H, W) and the four arrays of `.bn`.
+  y = gamma (w x - m) / sqrt(v + epsilon) + beta is one convolution by f w with the bias beta - f m,
+  where f = gamma / sqrt(v + epsilon).
+
+  Args:
+    state_dict: arrays by name. Each `<block>.<branch>` has `.conv.weight`, (O, I, H, W), and the
+      arrays `.bn.weight`, `.bn.bias`, `.bn.running_mean` and `.bn.running_var`, (O,).
 
   Raises:
-    KeyError, ValueError: if a name is missing or a shape is another.
+    KeyError: if a name is missing.
+    ValueError: if an array has the wrong shape.
   """
 
-  def unit(path: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+  def unit(
+    path: Sequence[str],
+  ) -> tuple[Float[np.ndarray, 'H W I O'], Float[np.ndarray, ' O']]:
     name = '.'.join(path)
     weight = np.asarray(state_dict[f'{name}.conv.weight'], np.float64)
     scale, bias, mean, variance = (

@@ -2,7 +2,16 @@
 
 Every layer computes in the dtype of its input. Parameters stay in single precision and are cast
 where they are used; statistics of normalizations and the softmax are computed in single precision.
-So a network is in bfloat16 as soon as its image is.
+So a network computes in bfloat16 as soon as its image is in bfloat16.
+
+References:
+  Ho et al. 2020 (DDPM), "Denoising Diffusion Probabilistic Models",
+    https://arxiv.org/abs/2006.11239.
+  Lin et al. 2013, "Network In Network", https://arxiv.org/abs/1312.4400.
+  Tancik et al. 2020, "Fourier Features Let Networks Learn High Frequency Functions in Low
+    Dimensional Domains", https://arxiv.org/abs/2006.10739.
+  Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762.
+  Wu and He 2018, "Group Normalization", https://arxiv.org/abs/1803.08494.
 """
 
 import functools
@@ -14,11 +23,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from models import convolution
+from runtime.array_types import Array, Embedding, FeatureMaps, PerExample, TimeLabels
 from runtime.errors import UserError
 
-Activation = Callable[[jax.Array], jax.Array]
+AnyFloats = Float[Array, '...']
+Activation = Callable[[AnyFloats], AnyFloats]
 
 _ACTIVATIONS: dict[str, Activation] = {
   'elu': nn.elu,
@@ -29,10 +41,10 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def get_act(name: str) -> Activation:
-  """The activation that `model.nonlinearity` names.
+  """The activation that `model.nonlinearity` names, in whatever case.
 
   Raises:
-    UserError: for an unknown name.
+    UserError: if no activation has this name.
   """
   if name.lower() not in _ACTIVATIONS:
     raise UserError(
@@ -48,24 +60,36 @@ def compute_dtype(name: str) -> jnp.dtype:
   """The floating point type that `model.dtype` names.
 
   Raises:
-    UserError: for an unknown name.
+    UserError: if the name is neither 'float32' nor 'bfloat16'.
   """
   if name not in _DTYPES:
     raise UserError(f'Unknown model.dtype {name!r}: choose one of {", ".join(_DTYPES)}.')
   return jnp.dtype(_DTYPES[name])
 
 
-def in_dtype_of_input(x: jax.Array, *params: jax.Array | None, **kwargs) -> tuple:
-  """Casts parameters to the dtype of `x`; as `promote_dtype` of Flax's layers."""
+def in_dtype_of_input(
+  x: AnyFloats, *params: AnyFloats | None, **kwargs: Any
+) -> tuple[AnyFloats | None, ...]:
+  """Casts parameters to the dtype of `x`; made for the argument `promote_dtype` of Flax's layers.
+
+  Args:
+    x: the input of the layer, of any shape.
+    *params: its parameters; None stands for one that it does without.
+    **kwargs: ignored.
+
+  Returns:
+    `x` unchanged and the parameters.
+  """
   del kwargs
   return x, *(None if param is None else param.astype(x.dtype) for param in params)
 
 
 def rematerialized(block: type[nn.Module], remat: bool) -> type[nn.Module]:
-  """The class `block` with or without rematerialization.
+  """Returns the class `block`, rematerialized if `remat` is set.
 
-  With it, what a block computes inside is not kept for the gradient but computed again. The class
-  keeps its name, which parameters are named after; an argument `train` must be a Python bool.
+  A rematerialized block computes its intermediate values again for the gradient instead of keeping
+  them. The class keeps its name, since parameters are named after it. An argument `train` must be a
+  Python bool.
   """
   if not remat:
     return block
@@ -77,32 +101,46 @@ def rematerialized(block: type[nn.Module], remat: bool) -> type[nn.Module]:
 
 
 def check_halvings(image_size: int, ch_mult: Sequence[int]) -> None:
-  """Raises `UserError` unless images can be halved between the resolutions of a U-Net."""
+  """Refuses images that cannot be halved between the resolutions of a U-Net.
+
+  Raises:
+    UserError: if `image_size` is no multiple of 2^(len(ch_mult) - 1).
+  """
   halvings = len(ch_mult) - 1
   if image_size % 2**halvings:
     raise UserError(
       f'data.image_size={image_size} cannot be halved {halvings} times, as the '
-      f'{halvings + 1} entries of model.ch_mult={tuple(ch_mult)} ask: '
+      f'{halvings + 1} entries of model.ch_mult={tuple(ch_mult)} require: '
       f'use a multiple of {2**halvings} or fewer entries.'
     )
 
 
 def default_init(scale: float = 1.0) -> nn.initializers.Initializer:
-  """DDPM's initializer: uniform, variance `scale` / mean of fan in and out; 0 means almost zero."""
+  """DDPM's initializer: uniform with variance `scale` / (mean of fan in and fan out).
+
+  A scale of 0 stands for 1e-10, which is almost zero.
+  """
   return nn.initializers.variance_scaling(scale or 1e-10, 'fan_avg', 'uniform')
 
 
-def conv3x3(features: int, init_scale: float = 1.0, stride: int = 1, **kwargs) -> nn.Conv:
-  """A 3x3 convolution with DDPM's initialization."""
+def conv3x3(features: int, init_scale: float = 1.0, stride: int = 1, **kwargs: Any) -> nn.Conv:
+  """A 3x3 convolution with DDPM's initialization, from (B, H, W, C) to (B, H', W', features).
+
+  Args:
+    features: output channels.
+    init_scale: see `default_init`.
+    stride: H' is H / stride, rounded up, and W' likewise.
+    **kwargs: further fields of `nn.Conv`.
+  """
   return _conv(features, 3, init_scale, strides=(stride, stride), **kwargs)
 
 
-def conv1x1(features: int, init_scale: float = 1.0, **kwargs) -> nn.Conv:
-  """A 1x1 convolution with DDPM's initialization."""
+def conv1x1(features: int, init_scale: float = 1.0, **kwargs: Any) -> nn.Conv:
+  """A 1x1 convolution with DDPM's initialization; arguments as of `conv3x3`."""
   return _conv(features, 1, init_scale, **kwargs)
 
 
-def _conv(features: int, size: int, init_scale: float, **kwargs) -> nn.Conv:
+def _conv(features: int, size: int, init_scale: float, **kwargs: Any) -> nn.Conv:
   return nn.Conv(
     features,
     (size, size),
@@ -114,18 +152,20 @@ def _conv(features: int, size: int, init_scale: float, **kwargs) -> nn.Conv:
 
 
 def dense(features: int) -> nn.Dense:
-  """A dense layer with DDPM's initialization."""
+  """A dense layer with DDPM's initialization, from (..., C) to (..., features)."""
   return nn.Dense(features, kernel_init=default_init(), promote_dtype=in_dtype_of_input)
 
 
 class GroupNorm(nn.Module):
-  """Group normalization (Wu and He 2018).
+  """Group normalization (Wu and He 2018): (x - mean) / sqrt(variance + epsilon) scale + bias.
 
-  Sums over pixels come first and sums over the channels of a group second, and the result is one
-  multiply-add per pixel: several times faster on CPU than normalizing a regrouped array.
+  Mean and variance are those of a group of channels over the pixels of one image; scale and bias
+  are learned, one of each per channel. The sums over pixels come first and those over the channels
+  of a group second, and the result is one multiply-add per pixel: several times faster on CPU than
+  normalizing a regrouped array.
 
   Attributes:
-    num_groups: None makes at most 32 groups of at least 4 channels.
+    num_groups: number of groups; None makes at most 32 groups of at least 4 channels.
     epsilon: added to the variance.
   """
 
@@ -133,44 +173,52 @@ class GroupNorm(nn.Module):
   epsilon: float = 1e-6
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    batch, channels = x.shape[0], x.shape[-1]
+  def __call__(self, x: FeatureMaps) -> FeatureMaps:
+    """Normalizes `x`, (B, H, W, C); the result has its shape and dtype.
+
+    Raises:
+      UserError: if the channels cannot be split into groups of one size.
+    """
+    channels = x.shape[-1]
     groups = self.num_groups or min(channels // 4, 32)
     if groups == 0 or channels % groups:
       raise UserError(
-        f'Group normalization cannot split {channels} channels into {groups or 1} groups: choose '
-        f'model.nf (and model.ch_mult) so that all widths up to 128 are multiples of 4 and larger '
-        f'ones multiples of 32; a multiple of 32 for model.nf always works.'
+        f'Group normalization cannot split {channels} channels into {groups or 1} equal groups: '
+        f'choose model.nf (and model.ch_mult) so that all widths up to 128 are multiples of 4 and '
+        f'larger ones multiples of 32; a multiple of 32 for model.nf always works.'
       )
     scale = self.param('scale', nn.initializers.ones, (channels,))
     bias = self.param('bias', nn.initializers.zeros, (channels,))
 
-    def group_mean(per_pixel):  # (B, H, W, C) -> (B, C), equal within a group
-      per_group = jnp.mean(per_pixel, axis=(1, 2)).reshape(batch, groups, -1)
-      mean = jnp.mean(per_group, axis=-1, keepdims=True)
-      return jnp.broadcast_to(mean, per_group.shape).reshape(batch, channels)
-
     pixels = x.astype(jnp.float32)
-    mean = group_mean(pixels)
-    variance = jnp.maximum(group_mean(pixels**2) - mean**2, 0.0)
+    mean = _group_means(pixels, groups)
+    variance = jnp.maximum(_group_means(pixels**2, groups) - mean**2, 0.0)
     factor = scale * jax.lax.rsqrt(variance + self.epsilon)
     offset = bias - mean * factor
     return (pixels * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
 
 
+def _group_means(x: FeatureMaps, groups: int) -> Float[Array, 'B C']:
+  """The means over the pixels of each group of channels, repeated for the channels of the group."""
+  per_group = jnp.mean(x, axis=(1, 2)).reshape(x.shape[0], groups, -1)
+  means = jnp.mean(per_group, axis=-1, keepdims=True)
+  return jnp.broadcast_to(means, per_group.shape).reshape(x.shape[0], x.shape[-1])
+
+
 class NIN(nn.Module):
-  """A linear map of the channels ("network in network").
+  """A linear map of the channels, the same at every pixel ("network in network").
 
   Attributes:
     features: output channels.
-    init_scale: scale of the initializer.
+    init_scale: scale of the initializer of the matrix; see `default_init`.
   """
 
   features: int
   init_scale: float = 0.1
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: FeatureMaps) -> Float[Array, 'B H W {self.features}']:
+    """Maps (B, H, W, C) to (B, H, W, features)."""
     shape = (x.shape[-1], self.features)
     W = self.param('W', default_init(self.init_scale), shape)
     b = self.param('b', nn.initializers.zeros, (self.features,))
@@ -179,9 +227,20 @@ class NIN(nn.Module):
 
 
 def get_timestep_embedding(
-  timesteps: jax.Array, embedding_dim: int, max_positions: int = 10000
-) -> jax.Array:
-  """The sinusoidal embedding of Transformers: (B,) to (B, embedding_dim), sines first."""
+  timesteps: TimeLabels, embedding_dim: int, max_positions: int = 10000
+) -> Float[Array, 'B {embedding_dim}']:
+  """The sinusoidal embedding of Transformers (Vaswani et al. 2017), sines first.
+
+  With n = embedding_dim // 2 the frequencies are max_positions^(-i / (n - 1)), i = 0...n-1.
+
+  Args:
+    timesteps: (B,), typically in 0...999.
+    embedding_dim: length of an embedding; where it is odd, a zero comes last.
+    max_positions: the inverse of the lowest frequency.
+
+  Returns:
+    The embeddings, (B, embedding_dim).
+  """
   half = embedding_dim // 2
   frequencies = np.exp(-np.log(max_positions) / (half - 1) * np.arange(half)).astype(np.float32)
   angles = timesteps[:, None].astype(jnp.float32) * frequencies[None]
@@ -190,17 +249,29 @@ def get_timestep_embedding(
 
 
 def sigma_of_label(
-  labels: jax.Array, sigma_min: float, sigma_max: float, num_scales: int
-) -> jax.Array:
-  """sigma, (B,): of `num_scales` in geometric progression, of which label 0 is the largest."""
+  labels: TimeLabels, *, sigma_min: float, sigma_max: float, num_scales: int
+) -> PerExample:
+  """Looks up sigma by its number among noise levels in geometric progression.
+
+  sigma_i = sigma_max (sigma_min / sigma_max)^(i / (num_scales - 1)) for i = 0...num_scales-1.
+
+  Args:
+    labels: i, (B,); fractions are cut off.
+    sigma_min: the last noise level, in units of the scaled data.
+    sigma_max: the first one.
+    num_scales: number of noise levels.
+
+  Returns:
+    sigma, (B,), in units of the scaled data.
+  """
   sigmas = np.geomspace(sigma_max, sigma_min, num_scales, dtype=np.float32)
   return jnp.asarray(sigmas)[labels.astype(jnp.int32)]
 
 
 class GaussianFourierProjection(nn.Module):
-  """Random Fourier features of the noise level: (B,) to (B, 2 embedding_size).
+  """Random Fourier features (Tancik et al. 2020): sin(2 pi W x) and cos(2 pi W x).
 
-  The frequencies are drawn once, stored among the parameters, and never trained.
+  The frequencies W are drawn once, stored among the parameters, and never trained.
 
   Attributes:
     embedding_size: number of frequencies.
@@ -211,21 +282,36 @@ class GaussianFourierProjection(nn.Module):
   scale: float
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: PerExample) -> Embedding:
+    """Embeds `x`, (B,), typically log(sigma), as (B, 2 embedding_size), sines first."""
     W = self.param('W', nn.initializers.normal(self.scale), (self.embedding_size,))
     angles = x[:, None] * jax.lax.stop_gradient(W)[None] * 2 * np.pi
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def is_frequency(path: tuple[Any, ...], x: jax.Array) -> bool:
-  """Whether a parameter holds Fourier frequencies: a vector `W`; that of `NIN` is a matrix."""
+def is_frequency(path: tuple[Any, ...], x: AnyFloats | jax.ShapeDtypeStruct) -> bool:
+  """Whether a parameter holds Fourier frequencies: a vector named `W`; that of `NIN` is a matrix.
+
+  Args:
+    path: of the parameter in its tree, as `jax.tree_util.tree_map_with_path` gives it.
+    x: the parameter, of any shape.
+  """
   return getattr(path[-1], 'key', None) == 'W' and x.ndim == 1
 
 
-def spatial_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Single-head softmax attention over all pixels; each argument is (B, H, W, C).
+def spatial_attention(q: FeatureMaps, k: FeatureMaps, v: FeatureMaps) -> FeatureMaps:
+  """Single-head attention over all pixels, softmax(q k^T / sqrt(C)) v.
 
-  Written as two batched matrix products, which is what every backend does best.
+  The pixels are the rows of the three matrices. Two batched matrix products are what every backend
+  does best.
+
+  Args:
+    q: queries, (B, H, W, C).
+    k: keys, shaped as `q`.
+    v: values, shaped as `q`.
+
+  Returns:
+    An array shaped as `v`, and of its dtype.
   """
   shape = v.shape
   q, k, v = (a.reshape(a.shape[0], -1, a.shape[-1]) for a in (q, k, v))

@@ -1,9 +1,18 @@
-"""Building blocks of NCSN++ and DDPM++ (Song et al., appendix H)."""
+"""Building blocks of NCSN++ and DDPM++ (Song et al. 2021, appendix H).
+
+References:
+  Song et al. 2021, "Score-Based Generative Modeling through Stochastic Differential Equations",
+    https://arxiv.org/abs/2011.13456.
+  Brock et al. 2019 (BigGAN), "Large Scale GAN Training for High Fidelity Natural Image Synthesis",
+    https://arxiv.org/abs/1809.11096.
+  Ho et al. 2020 (DDPM), "Denoising Diffusion Probabilistic Models",
+    https://arxiv.org/abs/2006.11239.
+"""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from models import up_or_down_sampling as resampling
 from models.layers import (
@@ -17,26 +26,39 @@ from models.layers import (
   spatial_attention,
 )
 from models.up_or_down_sampling import Conv2d, FirKernel
+from runtime.array_types import Array, Embedding, FeatureMaps
 
 
-def add_skip(x: jax.Array, h: jax.Array, rescale: bool) -> jax.Array:
-  """x + h, divided by sqrt(2) when `rescale`, which keeps the variance of the sum."""
+def add_skip(x: FeatureMaps, h: FeatureMaps, rescale: bool) -> FeatureMaps:
+  """x + h, divided by sqrt(2) if `rescale`; all are (B, H, W, C).
+
+  The division gives the sum of two independent branches the variance of one of them.
+  """
   return (x + h) / np.sqrt(2).astype(x.dtype) if rescale else x + h
 
 
 class Combine(nn.Module):
-  """Merges a pyramid image into the features: 1x1 convolution, then 'sum' or 'cat'."""
+  """Merges an image of the input pyramid into the features.
+
+  Attributes:
+    method: 'sum' adds the image after a 1x1 convolution, 'cat' puts its channels first.
+  """
 
   method: str = 'sum'
 
   @nn.compact
-  def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, 'B H W I'], y: FeatureMaps) -> Float[Array, 'B H W D']:
+    """Merges the image `x`, (B, H, W, I), into the features `y`, (B, H, W, C).
+
+    Returns:
+      (B, H, W, C), or (B, H, W, 2 C) for 'cat'.
+    """
     h = conv1x1(y.shape[-1])(x)
     return jnp.concatenate([h, y], axis=-1) if self.method == 'cat' else h + y
 
 
 class AttnBlockpp(nn.Module):
-  """Residual self-attention over the pixels.
+  """Residual self-attention over the pixels, of the normalized features.
 
   Attributes:
     skip_rescale: divide the sum by sqrt(2).
@@ -49,7 +71,8 @@ class AttnBlockpp(nn.Module):
   num_groups: int | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: FeatureMaps) -> FeatureMaps:
+    """Maps (B, H, W, C) to an array of the same shape."""
     channels = x.shape[-1]
     h = GroupNorm(self.num_groups)(x)
     q, k, v = (NIN(channels)(h) for _ in range(3))
@@ -62,7 +85,7 @@ class Upsample(nn.Module):
 
   Attributes:
     features: output channels; None keeps them.
-    with_conv: apply a 3x3 convolution.
+    with_conv: apply a 3x3 convolution; without it the channels are kept.
     fir: use the FIR filter instead of repetition.
     fir_kernel: its taps.
   """
@@ -73,7 +96,8 @@ class Upsample(nn.Module):
   fir_kernel: FirKernel = (1, 3, 3, 1)
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: FeatureMaps) -> Float[Array, 'B 2*H 2*W D']:
+    """Maps (B, H, W, C) to (B, 2 H, 2 W, features)."""
     features = self.features or x.shape[-1]
     if self.fir and self.with_conv:
       return Conv2d(features, up=True, fir_kernel=self.fir_kernel, kernel_init=default_init())(x)
@@ -84,7 +108,14 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-  """Halves the resolution; attributes as in `Upsample`."""
+  """Halves the resolution.
+
+  Attributes:
+    features: output channels; None keeps them.
+    with_conv: apply a 3x3 convolution; without it the channels are kept.
+    fir: apply the FIR filter first; else average, or leave it to the stride of the convolution.
+    fir_kernel: its taps.
+  """
 
   features: int | None = None
   with_conv: bool = False
@@ -92,7 +123,8 @@ class Downsample(nn.Module):
   fir_kernel: FirKernel = (1, 3, 3, 1)
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: FeatureMaps) -> Float[Array, 'B height width D']:
+    """Maps (B, H, W, C) to (B, H/2, W/2, features)."""
     features = self.features or x.shape[-1]
     if self.fir and self.with_conv:
       return Conv2d(features, down=True, fir_kernel=self.fir_kernel, kernel_init=default_init())(x)
@@ -104,7 +136,7 @@ class Downsample(nn.Module):
 
 
 class ResnetBlockDDPMpp(nn.Module):
-  """DDPM's residual block with optional skip rescaling.
+  """The residual block of DDPM (Ho et al. 2020) with optional rescaling of the skip connection.
 
   Attributes:
     act: activation.
@@ -125,17 +157,26 @@ class ResnetBlockDDPMpp(nn.Module):
   num_groups: int | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, temb: jax.Array | None, train: bool) -> jax.Array:
+  def __call__(
+    self, x: FeatureMaps, temb: Embedding | None, train: bool
+  ) -> Float[Array, 'B H W D']:
+    """Maps (B, H, W, C) to (B, H, W, features).
+
+    Args:
+      x: features, (B, H, W, C).
+      temb: the time embedding, (B, E); None for an unconditional network.
+      train: whether dropout is on.
+    """
     features = self.features or x.shape[-1]
     h = conv3x3(features)(self.act(GroupNorm(self.num_groups)(x)))
-    h = _finish(self, h, temb, train, self.num_groups)
+    h = _finish(self, h, temb, train=train, num_groups=self.num_groups)
     if x.shape[-1] != features:
       x = conv3x3(features)(x) if self.conv_shortcut else NIN(features)(x)
     return add_skip(x, h, self.skip_rescale)
 
 
 class ResnetBlockBigGANpp(nn.Module):
-  """BigGAN's residual block, which resamples inside.
+  """The residual block of BigGAN (Brock et al. 2019), which resamples both of its branches.
 
   Attributes:
     act: activation.
@@ -160,7 +201,16 @@ class ResnetBlockBigGANpp(nn.Module):
   init_scale: float = 0.0
 
   @nn.compact
-  def __call__(self, x: jax.Array, temb: jax.Array | None, train: bool) -> jax.Array:
+  def __call__(
+    self, x: FeatureMaps, temb: Embedding | None, train: bool
+  ) -> Float[Array, 'B height width D']:
+    """Maps (B, H, W, C) to (B, H', W', features), H' and W' being H and W, doubled or halved.
+
+    Args:
+      x: features, (B, H, W, C).
+      temb: the time embedding, (B, E); None for an unconditional network.
+      train: whether dropout is on.
+    """
     channels = x.shape[-1]
     features = self.features or channels
     h = self.act(GroupNorm()(x))
@@ -168,7 +218,7 @@ class ResnetBlockBigGANpp(nn.Module):
       h, x = (Upsample(fir=self.fir, fir_kernel=self.fir_kernel)(a) for a in (h, x))
     elif self.down:
       h, x = (Downsample(fir=self.fir, fir_kernel=self.fir_kernel)(a) for a in (h, x))
-    h = _finish(self, conv3x3(features)(h), temb, train)
+    h = _finish(self, conv3x3(features)(h), temb, train=train)
     if channels != features or self.up or self.down:
       x = conv1x1(features)(x)
     return add_skip(x, h, self.skip_rescale)
@@ -176,11 +226,12 @@ class ResnetBlockBigGANpp(nn.Module):
 
 def _finish(
   block: nn.Module,
-  h: jax.Array,
-  temb: jax.Array | None,
+  h: FeatureMaps,
+  temb: Embedding | None,
+  *,
   train: bool,
   num_groups: int | None = None,
-) -> jax.Array:
+) -> FeatureMaps:
   """The second half of both blocks: time embedding, normalization, dropout, convolution."""
   features = h.shape[-1]
   if temb is not None:

@@ -1,14 +1,18 @@
-"""The NCSN++ and DDPM++ networks (Song et al. 2021, section 4 and appendix H)."""
+"""The NCSN++ and DDPM++ networks (Song et al. 2021, section 4 and appendix H).
+
+Song et al. 2021, "Score-Based Generative Modeling through Stochastic Differential Equations",
+https://arxiv.org/abs/2011.13456.
+"""
 
 import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from models import layerspp
 from models.layers import (
+  Activation,
   GaussianFourierProjection,
   GroupNorm,
   check_halvings,
@@ -21,6 +25,7 @@ from models.layers import (
   sigma_of_label,
 )
 from models.utils import register_model
+from runtime.array_types import Embedding, Images, PerExample, TimeLabels
 from runtime.errors import UserError
 
 _CHOICES = {
@@ -35,21 +40,20 @@ _CHOICES = {
 
 @register_model(name='ncsnpp')
 class NCSNpp(nn.Module):
-  """A U-Net over residual blocks; DDPM++ is this network without FIR and progressive growing.
+  """A U-Net of residual blocks; DDPM++ is this network without FIR and progressive growing.
 
-  Called with images (B, H, W, C) and conditioning values (B,), it returns an array like the images:
-  the score where `scale_by_sigma`, else the predicted noise. The case of names does not matter; an
-  unknown one raises `UserError`.
+  Names are accepted in any case; the constructor raises `UserError` for one that is unknown.
 
   Attributes:
     image_size: height and width.
     num_channels: image channels.
-    centered: whether images come in [-1, 1]; if not, they are brought there from [0, 1].
-    sigma_min: smallest noise level of the VE SDE (positional embedding with `scale_by_sigma`).
-    sigma_max: largest one.
+    centered: whether images are scaled to [-1, 1]; if not, x in [0, 1] enters as 2 x - 1.
+    sigma_min: smallest noise level of the VE SDE, in units of the scaled data; it and the next two
+      are used by the positional embedding with `scale_by_sigma`.
+    sigma_max: largest noise level.
     num_scales: number of noise levels.
     nf: channels at full resolution.
-    ch_mult: their multiples at each resolution, which halves from one to the next.
+    ch_mult: multiples of `nf` at each resolution; each resolution is half the one before.
     num_res_blocks: residual blocks at each resolution.
     attn_resolutions: resolutions with self-attention.
     dropout: dropout rate.
@@ -60,16 +64,16 @@ class NCSNpp(nn.Module):
     skip_rescale: divide sums of two branches by sqrt(2).
     resblock_type: 'biggan' or 'ddpm'.
     progressive: how the output is assembled over resolutions: 'none', 'output_skip', 'residual'.
-    progressive_input: how the input enters at each: 'none', 'input_skip', 'residual'.
+    progressive_input: how the input enters each resolution: 'none', 'input_skip', 'residual'.
     progressive_combine: 'sum' or 'cat' for 'input_skip'.
-    embedding_type: 'fourier' (of the logarithm of a noise level) or 'positional' (of a time step).
+    embedding_type: 'fourier' (of the logarithm of a noise level) or 'positional' (of a time label).
     fourier_scale: standard deviation of the Fourier frequencies.
     init_scale: scale of the initializer that ends each residual branch.
     nonlinearity: activation.
     normalization: 'GroupNorm'.
     scale_by_sigma: divide the output by the noise level.
-    dtype: what it computes in, 'float32' or 'bfloat16'; parameters and output are float32.
-    remat: recompute the blocks for the gradient instead of keeping what is inside them.
+    dtype: type of its activations, 'float32' or 'bfloat16'; parameters and output are float32.
+    remat: compute the activations of a block again for the gradient instead of keeping them.
   """
 
   image_size: int
@@ -101,8 +105,8 @@ class NCSNpp(nn.Module):
   dtype: str = 'float32'
   remat: bool = False
 
-  def __post_init__(self):
-    # The case of these names does not matter: from here on they are spelled as in _CHOICES.
+  def __post_init__(self) -> None:
+    # These names may come in any case; from here on they are spelled as in _CHOICES.
     for field, choices in _CHOICES.items():
       value = getattr(self, field)
       spelled = {choice.lower(): choice for choice in choices}.get(str(value).lower())
@@ -112,13 +116,28 @@ class NCSNpp(nn.Module):
     super().__post_init__()
 
   def check(self) -> None:
-    """Raises `UserError` if the fields do not make a network."""
+    """Checks the fields before the network is used.
+
+    Raises:
+      UserError: if a name is unknown, or `image_size` cannot be halved as often as `ch_mult` asks.
+    """
     get_act(self.nonlinearity)
     compute_dtype(self.dtype)
     check_halvings(self.image_size, self.ch_mult)
 
   @nn.compact
-  def __call__(self, x: jax.Array, time_cond: jax.Array, train: bool = True) -> jax.Array:
+  def __call__(self, x: Images, time_cond: TimeLabels, train: bool = True) -> Images:
+    """Predicts the score at x_t if `scale_by_sigma` is set, and else the noise in x_t.
+
+    Args:
+      x: x_t, (B, H, W, C), in the range of the scaled data.
+      time_cond: what it is conditioned on, (B,): sigma > 0, in units of the scaled data, for the
+        Fourier embedding, else a time label in 0...999 or 0...num_scales-1.
+      train: whether dropout is on.
+
+    Returns:
+      An array shaped as `x`, in float32.
+    """
     act = get_act(self.nonlinearity)
     remat = functools.partial(rematerialized, remat=self.remat)
     rescale = functools.partial(layerspp.add_skip, rescale=self.skip_rescale)
@@ -174,7 +193,7 @@ class NCSNpp(nn.Module):
     h = attention()(h)
     h = block()(h, temb, train)
 
-    # Up: the output pyramid, where there is one, grows with the features.
+    # Up: the output pyramid, if the network has one, grows with the features.
     pyramid = None
     for level in reversed(levels):
       for _ in range(self.num_res_blocks + 1):
@@ -202,7 +221,7 @@ class NCSNpp(nn.Module):
       h = h / self._noise_level(time_cond)[:, None, None, None]
     return h
 
-  def _embed(self, act, time_cond: jax.Array) -> jax.Array | None:
+  def _embed(self, act: Activation, time_cond: TimeLabels) -> Embedding | None:
     """The time embedding, (B, 4 nf); None for an unconditional network."""
     if self.embedding_type == 'fourier':
       temb = GaussianFourierProjection(self.nf, self.fourier_scale)(jnp.log(time_cond))
@@ -213,8 +232,10 @@ class NCSNpp(nn.Module):
     temb = dense(self.nf * 4)(temb)
     return dense(self.nf * 4)(act(temb))
 
-  def _noise_level(self, time_cond: jax.Array) -> jax.Array:
-    """sigma, (B,): the label itself, or the label-th largest of the discrete levels."""
+  def _noise_level(self, time_cond: TimeLabels) -> PerExample:
+    """sigma, (B,): what it is conditioned on, or the discrete noise level of that number."""
     if self.embedding_type == 'fourier':
       return time_cond
-    return sigma_of_label(time_cond, self.sigma_min, self.sigma_max, self.num_scales)
+    return sigma_of_label(
+      time_cond, sigma_min=self.sigma_min, sigma_max=self.sigma_max, num_scales=self.num_scales
+    )

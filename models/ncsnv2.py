@@ -1,7 +1,9 @@
 """NCSN and NCSNv2: RefineNets with dilated convolutions.
 
-NCSN: Song and Ermon 2019, "Generative modeling by estimating gradients of the data distribution".
-NCSNv2: Song and Ermon 2020, "Improved techniques for training score-based generative models".
+NCSN: Song and Ermon 2019, "Generative Modeling by Estimating Gradients of the Data Distribution",
+https://arxiv.org/abs/1907.05600.
+NCSNv2: Song and Ermon 2020, "Improved Techniques for Training Score-Based Generative Models",
+https://arxiv.org/abs/2006.09011.
 """
 
 import dataclasses
@@ -9,14 +11,14 @@ import functools
 from typing import ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from models import refinenet
-from models.layers import compute_dtype, get_act, rematerialized, sigma_of_label
+from models.layers import Activation, compute_dtype, get_act, rematerialized, sigma_of_label
 from models.normalization import ConditionalInstanceNorm2dPlus, get_normalization
 from models.refinenet import ncsn_conv
 from models.utils import register_model
+from runtime.array_types import FeatureMaps, Images, TimeLabels
 from runtime.errors import UserError
 
 
@@ -26,8 +28,8 @@ class Stage:
 
   Attributes:
     width: output channels.
-    down: whether the first block lowers the resolution.
-    dilation: of the convolutions; above 1, `down` keeps the size and widens the reach.
+    down: whether the first block halves the resolution, or with dilation only changes the width.
+    dilation: of the convolutions; above 1 the resolution is kept and the receptive field grows.
     refined: output channels of the refinement of this stage.
   """
 
@@ -40,22 +42,19 @@ class Stage:
 class _RefineNet(nn.Module):
   """Residual stages down, refinements back up.
 
-  Called with images (B, H, W, C) and labels (B,), the index of a noise level counted from the
-  largest, it returns the score, shaped as the images.
-
   Attributes:
     image_size: height and width.
     num_channels: image channels.
-    centered: whether images come in [-1, 1]; if not, they are brought there from [0, 1].
-    sigma_min: smallest noise level.
-    sigma_max: largest one.
+    centered: whether images are scaled to [-1, 1]; if not, x in [0, 1] enters as 2 x - 1.
+    sigma_min: smallest noise level, in units of the scaled data.
+    sigma_max: largest noise level.
     num_scales: number of noise levels.
     nf: channels at full resolution.
     nonlinearity: activation.
-    normalization: of the residual blocks.
+    normalization: name of the normalization of the residual blocks.
     scale_by_sigma: divide the output by the noise level.
-    dtype: what it computes in, 'float32' or 'bfloat16'; parameters and output are float32.
-    remat: recompute the blocks for the gradient instead of keeping what is inside them.
+    dtype: type of its activations, 'float32' or 'bfloat16'; parameters and output are float32.
+    remat: compute the activations of a block again for the gradient instead of keeping them.
   """
 
   image_size: int
@@ -74,7 +73,11 @@ class _RefineNet(nn.Module):
   stages: ClassVar[tuple[Stage, ...]]
 
   def check(self) -> None:
-    """Raises `UserError` if the fields do not make a network."""
+    """Checks the fields before the network is used.
+
+    Raises:
+      UserError: if a name is unknown, or `image_size` cannot be halved as often as the stages do.
+    """
     get_act(self.nonlinearity)
     compute_dtype(self.dtype)
     get_normalization(self.normalization)
@@ -85,20 +88,30 @@ class _RefineNet(nn.Module):
         f'does: use a multiple of {2**halvings}.'
       )
 
-  def blocks(self, act) -> tuple[functools.partial, functools.partial]:
-    """Constructors of a residual and of a refinement block."""
+  def blocks(self, act: Activation) -> tuple[functools.partial, functools.partial]:
+    """The constructors of a residual block and of a refinement block."""
     norm = get_normalization(self.normalization)
     residual = rematerialized(refinenet.ResidualBlock, self.remat)
     refine = rematerialized(refinenet.RefineBlock, self.remat)
     return functools.partial(residual, act, norm=norm), functools.partial(refine, act)
 
-  def normalize(self, x: jax.Array, labels: jax.Array) -> jax.Array:
-    """The normalization before the last convolution."""
+  def normalize(self, x: FeatureMaps, labels: TimeLabels) -> FeatureMaps:
+    """Normalizes the features `x`, (B, H, W, C), before the last convolution."""
     del labels
     return get_normalization(self.normalization)()(x)
 
   @nn.compact
-  def __call__(self, x: jax.Array, labels: jax.Array, train: bool = True) -> jax.Array:
+  def __call__(self, x: Images, labels: TimeLabels, train: bool = True) -> Images:
+    """Predicts the score at x_t: the last convolution, over sigma if `scale_by_sigma` is set.
+
+    Args:
+      x: x_t, (B, H, W, C), in the range of the scaled data.
+      labels: indices of noise levels, (B,), in 0...num_scales-1; 0 is the largest.
+      train: ignored, for the network has no dropout.
+
+    Returns:
+      An array shaped as `x`, in float32.
+    """
     del train
     act = get_act(self.nonlinearity)
     residual, refine = self.blocks(act)
@@ -121,7 +134,9 @@ class _RefineNet(nn.Module):
 
     h = ncsn_conv(act(self.normalize(h, labels)), self.num_channels).astype(jnp.float32)
     if self.scale_by_sigma:
-      sigma = sigma_of_label(labels, self.sigma_min, self.sigma_max, self.num_scales)
+      sigma = sigma_of_label(
+        labels, sigma_min=self.sigma_min, sigma_max=self.sigma_max, num_scales=self.num_scales
+      )
       h = h / sigma[:, None, None, None]
     return h
 
@@ -170,10 +185,10 @@ class NCSNv2_256(_RefineNet):
 
 @register_model(name='ncsn')
 class NCSN(_RefineNet):
-  """NCSN, whose normalizations are looked up by noise level.
+  """NCSN, whose normalizations have parameters for each noise level.
 
   Attributes:
-    num_classes: number of noise levels, at least `num_scales`.
+    num_classes: number of noise levels that it has parameters for, at least `num_scales`.
   """
 
   num_classes: int = 10
@@ -182,24 +197,31 @@ class NCSN(_RefineNet):
   stages: ClassVar[tuple[Stage, ...]] = _SMALL
 
   def check(self) -> None:
-    """Raises `UserError` if the fields do not make a network."""
+    """Checks the fields before the network is used.
+
+    Raises:
+      UserError: as `NCSNv2_64.check`, for another normalization than 'InstanceNorm++', or if
+        `num_classes` is less than `num_scales`.
+    """
     super().check()
     if self.normalization != 'InstanceNorm++':
       raise UserError(
-        f'model.normalization={self.normalization!r} is not for the network ncsn, which looks its '
-        f"normalization up by noise level: set it to 'InstanceNorm++'."
+        f'model.normalization={self.normalization!r} is not for the network ncsn, whose '
+        f"normalization depends on the noise level: set it to 'InstanceNorm++'."
       )
     if self.num_classes < self.num_scales:
       raise UserError(
-        f'model.num_classes={self.num_classes} is fewer than the noise levels of '
-        f'model.num_scales={self.num_scales}: use at least that many.'
+        f'model.num_classes={self.num_classes} is less than the number of noise levels, '
+        f'model.num_scales={self.num_scales}: set it to at least that.'
       )
 
-  def blocks(self, act) -> tuple[functools.partial, functools.partial]:
+  def blocks(self, act: Activation) -> tuple[functools.partial, functools.partial]:
+    """The constructors of a residual block and of a refinement block."""
     levels = {'num_classes': self.num_classes}
     residual = rematerialized(refinenet.ConditionalResidualBlock, self.remat)
     refine = rematerialized(refinenet.CondRefineBlock, self.remat)
     return functools.partial(residual, act, **levels), functools.partial(refine, act, **levels)
 
-  def normalize(self, x: jax.Array, labels: jax.Array) -> jax.Array:
+  def normalize(self, x: FeatureMaps, labels: TimeLabels) -> FeatureMaps:
+    """Normalizes the features `x`, (B, H, W, C), by the noise levels numbered `labels`, (B,)."""
     return ConditionalInstanceNorm2dPlus(self.num_classes)(x, labels)

@@ -1,24 +1,34 @@
-"""Blocks of the RefineNets (Lin et al. 2017) behind NCSN and NCSNv2.
+"""Blocks of the RefineNets behind NCSN and NCSNv2.
 
-Each comes in two kinds: NCSNv2's, and NCSN's, which normalizes by noise level before every
-convolution. The class names are those that parameters in checkpoints are named after.
+RefineNet: Lin et al. 2017, "RefineNet: Multi-Path Refinement Networks for High-Resolution Semantic
+Segmentation", https://arxiv.org/abs/1611.06612.
+
+Each block comes in two kinds: NCSNv2's, and NCSN's, which normalizes by noise level before every
+convolution. Parameters in checkpoints are named after the classes, so their names stay.
+
+Below, `y` is the number of each example's noise level, (B,), or None for a block of NCSNv2.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from models import convolution
 from models.layers import Activation, in_dtype_of_input
 from models.normalization import ConditionalInstanceNorm2dPlus, InstanceNorm2dPlus
 from models.up_or_down_sampling import naive_downsample_2d
+from runtime.array_types import Array, FeatureMaps
+
+NoiseLevels = Int[Array, ' B']  # by number
 
 
-def _conv(x: jax.Array, features: int, size: int, **kwargs) -> jax.Array:
-  """A convolution with Flax's initialization, where `kwargs` do not give another."""
+def _conv(x: FeatureMaps, features: int, size: int, **kwargs: Any) -> Float[Array, 'B H W D']:
+  """A convolution with Flax's initialization, unless `kwargs` give another."""
   conv = nn.Conv(
     features,
     (size, size),
@@ -30,14 +40,23 @@ def _conv(x: jax.Array, features: int, size: int, **kwargs) -> jax.Array:
 
 
 def ncsn_conv(
-  x: jax.Array, features: int, size: int = 3, dilation: int = 1, bias: bool = True
-) -> jax.Array:
-  """A convolution with NCSN's initialization: everything uniform in +-1 / sqrt(fan in)."""
+  x: FeatureMaps, features: int, *, size: int = 3, dilation: int = 1, bias: bool = True
+) -> Float[Array, 'B H W {features}']:
+  """A convolution with NCSN's initialization: kernel and bias uniform in +-1 / sqrt(fan in).
+
+  Args:
+    x: (B, H, W, C).
+    features: output channels.
+    size: height and width of the kernel.
+    dilation: of the kernel.
+    bias: whether to add one.
+
+  Returns:
+    (B, H, W, features).
+  """
   bound = (size**2 * x.shape[-1]) ** -0.5
 
-  def init(rng, shape, dtype=jnp.float32):
-    return jax.random.uniform(rng, shape, dtype, -bound, bound)
-
+  init = lambda rng, shape, dtype=jnp.float32: jax.random.uniform(rng, shape, dtype, -bound, bound)
   dilated = (dilation, dilation)
   return _conv(
     x, features, size, kernel_dilation=dilated, use_bias=bias, kernel_init=init, bias_init=init
@@ -45,24 +64,30 @@ def ncsn_conv(
 
 
 class _ByNoiseLevel:
-  """Makes a block normalize by noise level, for networks that are told it."""
+  """Makes a block normalize by noise level, for networks that are conditioned on it."""
 
-  def normalize(self, x: jax.Array, y: jax.Array) -> jax.Array:
+  def normalize(self, x: FeatureMaps, y: NoiseLevels) -> FeatureMaps:
+    """Normalizes `x`, (B, H, W, C), with the parameters of its noise levels `y`, (B,)."""
     return ConditionalInstanceNorm2dPlus(self.num_classes)(x, y)
 
 
 class ConvMeanPool(nn.Module):
   """A convolution followed by the mean of 2x2 blocks.
 
-  Its weights start as Flax's do, normal with variance 1 / fan in and biases of zero: recorded for
+  Its kernel starts as in Flax, normal with variance 1 / fan in, and its bias at zero: recorded for
   NCSNv2, and a guess for NCSN, which the reference could not run.
+
+  Attributes:
+    features: output channels.
+    size: height and width of the kernel.
   """
 
   features: int
   size: int = 3
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: FeatureMaps) -> Float[Array, 'B H//2 W//2 {self.features}']:
+    """Maps (B, H, W, C) to (B, H/2, W/2, features)."""
     return naive_downsample_2d(_conv(x, self.features, self.size))
 
 
@@ -72,10 +97,10 @@ class ResidualBlock(nn.Module):
   Attributes:
     act: activation.
     features: output channels.
-    down: lower the resolution: by averaging, or by widening the reach where `dilation` > 1.
+    down: halve the resolution by averaging; with `dilation` > 1 only the receptive field grows.
     dilation: of the convolutions.
-    norm: normalization.
-    num_classes: number of noise levels, where it is conditional.
+    norm: normalization, where it is not by noise level.
+    num_classes: number of noise levels, where it normalizes by noise level.
   """
 
   act: Activation
@@ -85,12 +110,16 @@ class ResidualBlock(nn.Module):
   norm: type[nn.Module] = InstanceNorm2dPlus
   num_classes: int = 0
 
-  def normalize(self, x: jax.Array, y: jax.Array | None) -> jax.Array:
+  def normalize(self, x: FeatureMaps, y: NoiseLevels | None) -> FeatureMaps:
+    """Normalizes `x`, (B, H, W, C)."""
     del y
     return self.norm()(x)
 
   @nn.compact
-  def __call__(self, x: jax.Array, y: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self, x: FeatureMaps, y: NoiseLevels | None = None
+  ) -> Float[Array, 'B height width {self.features}']:
+    """Maps (B, H, W, C) to (B, H', W', features), H' and W' being H and W or half of them."""
     channels = x.shape[-1]
     conv = functools.partial(ncsn_conv, dilation=self.dilation)
     pooled = self.down and self.dilation == 1
@@ -108,7 +137,7 @@ class ResidualBlock(nn.Module):
 
 
 class ConditionalResidualBlock(_ByNoiseLevel, ResidualBlock):
-  """The same, normalized by noise level."""
+  """Two normalized convolutions and a shortcut, normalized by noise level."""
 
 
 class RCUBlock(nn.Module):
@@ -117,8 +146,8 @@ class RCUBlock(nn.Module):
   Attributes:
     act: activation.
     n_blocks: number of units.
-    n_stages: convolutions in each.
-    num_classes: number of noise levels, where it is conditional.
+    n_stages: number of convolutions in each unit.
+    num_classes: number of noise levels, where it normalizes by noise level.
   """
 
   act: Activation
@@ -126,12 +155,14 @@ class RCUBlock(nn.Module):
   n_stages: int = 2
   num_classes: int = 0
 
-  def normalize(self, x: jax.Array, y: jax.Array | None) -> jax.Array:
+  def normalize(self, x: FeatureMaps, y: NoiseLevels | None) -> FeatureMaps:
+    """Returns `x`, (B, H, W, C), unchanged: only NCSN's block normalizes."""
     del y
     return x
 
   @nn.compact
-  def __call__(self, x: jax.Array, y: jax.Array | None) -> jax.Array:
+  def __call__(self, x: FeatureMaps, y: NoiseLevels | None) -> FeatureMaps:
+    """Maps (B, H, W, C) to an array of the same shape."""
     for _ in range(self.n_blocks):
       h = x
       for _ in range(self.n_stages):
@@ -141,33 +172,37 @@ class RCUBlock(nn.Module):
 
 
 class CondRCUBlock(_ByNoiseLevel, RCUBlock):
-  """The same, normalized by noise level."""
+  """Residual convolution units, normalized by noise level."""
 
 
 class MSFBlock(nn.Module):
-  """Multi-resolution fusion: convolutions, brought to the size of the first, and summed.
+  """Multi-resolution fusion: each input is convolved and resized to the first, and all are added.
 
   Attributes:
     features: output channels.
-    num_classes: number of noise levels, where it is conditional.
+    num_classes: number of noise levels, where it normalizes by noise level.
   """
 
   features: int
   num_classes: int = 0
 
-  def normalize(self, x: jax.Array, y: jax.Array | None) -> jax.Array:
+  def normalize(self, x: FeatureMaps, y: NoiseLevels | None) -> FeatureMaps:
+    """Returns `x`, (B, H, W, C), unchanged: only NCSN's block normalizes."""
     del y
     return x
 
   @nn.compact
-  def __call__(self, xs: Sequence[jax.Array], y: jax.Array | None) -> jax.Array:
+  def __call__(
+    self, xs: Sequence[Float[Array, 'B _ _ _']], y: NoiseLevels | None
+  ) -> Float[Array, 'B height width {self.features}']:
+    """Maps arrays (B, H_i, W_i, C_i) to one of (B, H_0, W_0, features)."""
     shape = (*xs[0].shape[:3], self.features)
     maps = [ncsn_conv(self.normalize(x, y), self.features) for x in xs]
     return sum(h if h.shape == shape else jax.image.resize(h, shape, 'bilinear') for h in maps)
 
 
 class CondMSFBlock(_ByNoiseLevel, MSFBlock):
-  """The same, normalized by noise level."""
+  """Multi-resolution fusion, normalized by noise level."""
 
 
 class CRPBlock(nn.Module):
@@ -175,23 +210,26 @@ class CRPBlock(nn.Module):
 
   Attributes:
     act: activation.
-    n_stages: length of the chain.
-    num_classes: number of noise levels, where it is conditional.
+    n_stages: number of poolings in the chain.
+    num_classes: number of noise levels, where it normalizes by noise level.
   """
 
   act: Activation
   n_stages: int = 2
   num_classes: int = 0
 
-  def pool(self, x: jax.Array) -> jax.Array:
+  def pool(self, x: FeatureMaps) -> FeatureMaps:
+    """Takes the maximum over 5x5 pixels at stride 1, which keeps the shape (B, H, W, C)."""
     return nn.max_pool(x, (5, 5), padding='SAME')
 
-  def normalize(self, x: jax.Array, y: jax.Array | None) -> jax.Array:
+  def normalize(self, x: FeatureMaps, y: NoiseLevels | None) -> FeatureMaps:
+    """Returns `x`, (B, H, W, C), unchanged: only NCSN's block normalizes."""
     del y
     return x
 
   @nn.compact
-  def __call__(self, x: jax.Array, y: jax.Array | None) -> jax.Array:
+  def __call__(self, x: FeatureMaps, y: NoiseLevels | None) -> FeatureMaps:
+    """Maps (B, H, W, C) to an array of the same shape."""
     x = path = self.act(x)
     for _ in range(self.n_stages):
       path = ncsn_conv(self.pool(self.normalize(path, y)), x.shape[-1], bias=False)
@@ -200,20 +238,21 @@ class CRPBlock(nn.Module):
 
 
 class CondCRPBlock(_ByNoiseLevel, CRPBlock):
-  """The same with averages, normalized by noise level."""
+  """Chained residual pooling with averages, normalized by noise level."""
 
-  def pool(self, x: jax.Array) -> jax.Array:
+  def pool(self, x: FeatureMaps) -> FeatureMaps:
+    """Takes the mean over 5x5 pixels at stride 1, which keeps the shape (B, H, W, C)."""
     return nn.avg_pool(x, (5, 5), padding='SAME')
 
 
 class RefineBlock(nn.Module):
-  """Refines features with those of a higher resolution.
+  """Refines features with those of a lower resolution.
 
   Attributes:
     act: activation.
     features: output channels.
-    end: whether it is the last of the network, which has more units.
-    num_classes: number of noise levels, where it is conditional.
+    end: whether it is the last block of the network, which has more units.
+    num_classes: number of noise levels, where it normalizes by noise level.
   """
 
   act: Activation
@@ -226,7 +265,10 @@ class RefineBlock(nn.Module):
   CRP = CRPBlock
 
   @nn.compact
-  def __call__(self, xs: Sequence[jax.Array], y: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self, xs: Sequence[Float[Array, 'B _ _ _']], y: NoiseLevels | None = None
+  ) -> Float[Array, 'B height width D']:
+    """Maps (B, H, W, C_0), and perhaps features of a lower resolution, to (B, H, W, features)."""
     levels = {'num_classes': self.num_classes}
     hs = [self.RCU(self.act, n_blocks=2, **levels)(x, y) for x in xs]
     h = self.MSF(self.features, **levels)(hs, y) if len(hs) > 1 else hs[0]
@@ -235,7 +277,7 @@ class RefineBlock(nn.Module):
 
 
 class CondRefineBlock(RefineBlock):
-  """The same, normalized by noise level."""
+  """Refines features with those of a lower resolution, normalized by noise level."""
 
   RCU = CondRCUBlock
   MSF = CondMSFBlock

@@ -1,11 +1,16 @@
-"""Registry and construction of networks, and the step from a network to a score."""
+"""The registry of networks, their construction, and the step from a network to a score.
+
+The score of a network is that of Song et al. 2021, "Score-Based Generative Modeling through
+Stochastic Differential Equations", https://arxiv.org/abs/2011.13456.
+"""
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
 
 from models.classifier import (
   create_classifier,
@@ -14,6 +19,7 @@ from models.classifier import (
   get_logit_fn,
   register_classifier,
 )
+from runtime.array_types import Batch, PerExample, RandomKey, TimeLabels
 from runtime.registry import Registry
 from sde_lib import SDE, ScoreFn, batch_mul
 
@@ -37,18 +43,16 @@ MODELS = Registry('model')
 register_model = MODELS.register
 get_model = MODELS.get
 
-PyTree = Any
 
+def create_model(config: ConfigDict) -> nn.Module:
+  """Creates the network that `config.model.name` names, its fields read from the configuration.
 
-def create_model(config: Any) -> nn.Module:
-  """The network that `config.model.name` names, its fields read from the configuration.
-
-  A field is taken from the key of the same name in `config.model`, and `image_size`,
-  `num_channels` and `centered` from `config.data`; others keep their defaults. A network with a
-  method `check()` may refuse its fields there.
+  A field takes the value of the key of the same name in `config.model`; `image_size`,
+  `num_channels` and `centered` come from `config.data`. Other fields keep their defaults. If the
+  network has a method `check()`, it is called and may refuse the fields.
 
   Raises:
-    UserError: for an unknown name, or what `check` finds.
+    UserError: if no network has this name, or if `check` refuses the fields.
   """
   data = {key: config.data[key] for key in ('image_size', 'num_channels', 'centered')}
   model = MODELS.build(config.model.name, {**data, **config.model})
@@ -57,11 +61,14 @@ def create_model(config: Any) -> nn.Module:
   return model
 
 
-def init_model(rng: jax.Array, config: Any) -> tuple[nn.Module, PyTree, PyTree]:
+def init_model(rng: RandomKey, config: ConfigDict) -> tuple[nn.Module, PyTree, PyTree]:
   """Builds the configured network and draws its parameters.
 
   Returns:
     The module, its mutable collections other than the parameters (often empty), the parameters.
+
+  Raises:
+    UserError: as `create_model`.
   """
   model = create_model(config)
   # Hundreds of small random draws that run once: on CPU they take longer to optimize than to run.
@@ -70,17 +77,23 @@ def init_model(rng: jax.Array, config: Any) -> tuple[nn.Module, PyTree, PyTree]:
   return model, *init(rng)
 
 
-def abstract_model(config: Any) -> tuple[nn.Module, PyTree, PyTree]:
-  """What `init_model` returns, with shapes in place of arrays and without computing anything."""
+def abstract_model(config: ConfigDict) -> tuple[nn.Module, PyTree, PyTree]:
+  """Returns what `init_model` does, with shapes in place of arrays and without computing anything.
+
+  Raises:
+    UserError: as `create_model`.
+  """
   model = create_model(config)
   return model, *jax.eval_shape(_initializer(model, config), jax.random.PRNGKey(0))
 
 
-def _initializer(model: nn.Module, config: Any) -> Callable[[jax.Array], tuple[PyTree, PyTree]]:
+def _initializer(
+  model: nn.Module, config: ConfigDict
+) -> Callable[[RandomKey], tuple[PyTree, PyTree]]:
   """The function `rng -> (other collections, parameters)`."""
   size = config.data.image_size
 
-  def init(rng):
+  def init(rng: RandomKey) -> tuple[PyTree, PyTree]:
     params_rng, dropout_rng = jax.random.split(rng)
     image = jnp.zeros((1, size, size, config.data.num_channels))
     rngs = {'params': params_rng, 'dropout': dropout_rng}
@@ -93,10 +106,20 @@ def _initializer(model: nn.Module, config: Any) -> Callable[[jax.Array], tuple[P
 
 def get_model_fn(
   model: nn.Module, params: PyTree, states: PyTree, train: bool = False
-) -> Callable[..., tuple[jax.Array, PyTree]]:
-  """The network as a function (x, labels, rng=None) -> (output, new model state)."""
+) -> Callable[..., tuple[Batch, PyTree]]:
+  """Returns the network as a function `(x, labels, rng=None) -> (output, new model state)`.
 
-  def model_fn(x: jax.Array, labels: jax.Array, rng: jax.Array | None = None):
+  Here `x` and the output are (B, ...), `labels` are the times or noise levels that the network is
+  conditioned on, (B,), and `rng` is the key of dropout.
+
+  Args:
+    model: the network, called as `model.apply(variables, x, labels, train=train)`.
+    params: its parameters.
+    states: its other collections, which only a call with `train=True` changes.
+    train: whether dropout is on; then pass an `rng`.
+  """
+
+  def model_fn(x: Batch, labels: TimeLabels, rng: RandomKey | None = None) -> tuple[Batch, PyTree]:
     variables = {'params': params, **states}
     rngs = None if rng is None else {'dropout': rng}
     if not train:
@@ -115,20 +138,26 @@ def get_score_fn(
   continuous: bool = False,
   return_state: bool = False,
 ) -> ScoreFn:
-  """The score estimate (x_t, t, rng=None) -> score of a network trained under `sde`.
+  """Returns the score estimate `(x_t, t, rng=None) -> score` of a network trained under `sde`.
+
+  It computes score(x_t, t) = c(t) network(x_t, l(t)), where the label l(t) is `sde.time_label` and
+  the factor c(t) is `sde.score_scale`: -1 / sigma_t for a network that predicts the noise. `x_t`
+  and the score are (B, ...), and t is (B,), in [0, T].
 
   Args:
-    sde: gives the label for time t and the factor from network output to score.
+    sde: the forward SDE that the network was trained under.
     model: the network.
     params: its parameters.
     states: its other collections.
     train: whether dropout is on; then pass an `rng`.
     continuous: whether the network was trained on continuous time.
-    return_state: return (score, new model state).
+    return_state: return the pair (score, new model state) instead of the score.
   """
   model_fn = get_model_fn(model, params, states, train)
 
-  def score_fn(x: jax.Array, t: jax.Array, rng: jax.Array | None = None):
+  def score_fn(
+    x: Batch, t: PerExample, rng: RandomKey | None = None
+  ) -> Batch | tuple[Batch, PyTree]:
     output, new_states = model_fn(x, sde.time_label(t, continuous), rng)
     score = batch_mul(sde.score_scale(t, continuous), output)
     return (score, new_states) if return_state else score

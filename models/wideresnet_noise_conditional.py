@@ -1,7 +1,12 @@
-"""The noise-conditional classifier behind class-conditional sampling (Song et al., appendix I.1).
+"""The noise-conditional classifier behind class-conditional sampling.
 
-A Wide ResNet (Zagoruyko and Komodakis 2016) with group normalization that is told the noise level,
-so that it estimates p(y | x_t) at every t.
+It is a Wide ResNet with group normalization that is conditioned on the noise level, so that it
+estimates p(y | x_t) at every t (Song et al. 2021, appendix I.1).
+
+References:
+  Song et al. 2021, "Score-Based Generative Modeling through Stochastic Differential Equations",
+    https://arxiv.org/abs/2011.13456.
+  Zagoruyko and Komodakis 2016, "Wide Residual Networks", https://arxiv.org/abs/1605.07146.
 """
 
 from collections.abc import Sequence
@@ -9,10 +14,12 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from models import convolution
 from models.classifier import register_classifier
 from models.layers import GaussianFourierProjection, GroupNorm
+from runtime.array_types import Array, Embedding, FeatureMaps, Images, PerExample
 from runtime.errors import UserError
 
 
@@ -33,12 +40,12 @@ def _uniform(bound: float) -> nn.initializers.Initializer:
   return lambda rng, shape, dtype=jnp.float32: jax.random.uniform(rng, shape, dtype, -bound, bound)
 
 
-def _activation(x: jax.Array, name: str) -> jax.Array:
-  """Normalization and ReLU. The names are those of the batch normalizations they stand for."""
+def _activation(x: FeatureMaps, name: str) -> FeatureMaps:
+  """Normalization and ReLU, named after the batch normalization that it stands for."""
   return nn.relu(GroupNorm(epsilon=1e-5, name=name)(x))
 
 
-def _shortcut(x: jax.Array, like: jax.Array) -> jax.Array:
+def _shortcut(x: FeatureMaps, like: Float[Array, 'B h w D']) -> Float[Array, 'B h w D']:
   """Averages pixels and pads channels with zeros to the shape of `like`; no parameters."""
   stride = x.shape[1] // like.shape[1]
   x = nn.avg_pool(x, (stride, stride), (stride, stride))
@@ -51,7 +58,7 @@ class WideResnetBlock(nn.Module):
   Attributes:
     features: output channels.
     stride: of the first convolution.
-    activate_before_residual: activate what enters the shortcut too.
+    activate_before_residual: normalize and activate the input of the shortcut, too.
   """
 
   features: int
@@ -59,7 +66,10 @@ class WideResnetBlock(nn.Module):
   activate_before_residual: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, temb: jax.Array) -> jax.Array:
+  def __call__(
+    self, x: FeatureMaps, temb: Embedding
+  ) -> Float[Array, 'B height width {self.features}']:
+    """Maps features (B, H, W, C) to (B, H/stride, W/stride, features); `temb` is (B, E)."""
     h = _activation(x, 'init_bn')
     if self.activate_before_residual:
       x = h
@@ -73,7 +83,7 @@ class WideResnetGroup(nn.Module):
   """Blocks of one width; the first one changes resolution and channels.
 
   Attributes:
-    num_blocks: how many.
+    num_blocks: number of blocks.
     features: output channels.
     stride: of the first block.
     activate_before_residual: of the first block.
@@ -85,7 +95,10 @@ class WideResnetGroup(nn.Module):
   activate_before_residual: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, temb: jax.Array) -> jax.Array:
+  def __call__(
+    self, x: FeatureMaps, temb: Embedding
+  ) -> Float[Array, 'B height width {self.features}']:
+    """Maps features (B, H, W, C) to (B, H/stride, W/stride, features); `temb` is (B, E)."""
     x = WideResnetBlock(self.features, self.stride, self.activate_before_residual)(x, temb)
     for _ in range(self.num_blocks - 1):
       x = WideResnetBlock(self.features)(x, temb)
@@ -94,9 +107,9 @@ class WideResnetGroup(nn.Module):
 
 @register_classifier(name='wideresnet_noise_conditional')
 class WideResnet(nn.Module):
-  """A classifier of noisy images: (B, H, W, C) and noise levels (B,) to logits (B, num_classes).
+  """A Wide ResNet that classifies noisy images and is conditioned on their noise level.
 
-  Every image is first brought to zero mean and unit variance, whatever its noise.
+  Every image is first standardized to mean zero and variance one, whatever its noise.
 
   Attributes:
     blocks_per_group: residual blocks at each of the three resolutions.
@@ -114,14 +127,23 @@ class WideResnet(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, sigmas: jax.Array, train: bool = True, pooled: bool = False
-  ) -> jax.Array:
-    """The logits; with `pooled`, what the last layer makes them of (see `features`).
+    self, x: Images, sigmas: PerExample, train: bool = True, pooled: bool = False
+  ) -> Float[Array, 'B D']:
+    """Returns the logits of noisy images, or with `pooled` the features that they are made of.
+
+    Args:
+      x: images with noise, (B, H, W, C).
+      sigmas: standard deviation of the noise, (B,), above zero, in the units of `x`.
+      train: ignored; without dropout and batch statistics it makes no difference.
+      pooled: see `features`.
+
+    Returns:
+      Logits, (B, num_classes), or features, (B, 64 channel_multiplier).
 
     Raises:
       UserError: for images whose sides are not multiples of 4.
     """
-    del train  # without dropout and batch statistics it makes no difference
+    del train
     height, width = x.shape[1:3]
     if height % 4 or width % 4:
       raise UserError(
@@ -145,9 +167,12 @@ class WideResnet(nn.Module):
       return x
     return nn.Dense(self.num_classes, kernel_init=_uniform(self.num_classes**-0.5))(x)
 
-  def features(self, x: jax.Array, sigmas: jax.Array) -> jax.Array:
-    """The pooled features before the last layer, (B, 64 channel_multiplier).
+  def features(
+    self, x: Images, sigmas: PerExample
+  ) -> Float[Array, 'B {64*self.channel_multiplier}']:
+    """Returns the pooled features before the last layer, (B, 64 channel_multiplier).
 
-    Call it as `module.apply({'params': params}, x, sigmas, method='features')`.
+    Arguments are as of `__call__`. Call it as
+    `module.apply({'params': params}, x, sigmas, method='features')`.
     """
     return self(x, sigmas, train=False, pooled=True)

@@ -342,7 +342,7 @@ class Samples(Evaluation):
     pool_3, logits = (np.concatenate([part[key] for part in parts]) for key in ('pool_3', 'logits'))
     del parts
     name = self._extractor.name
-    numbers, warnings = evaluation.sample_metrics(name, self._stats, pool_3, logits)
+    numbers, warnings = evaluation.sample_metrics(name, self._stats, pool_3=pool_3, logits=logits)
     self.write(self._report(number), **numbers, warnings=np.asarray(warnings, np.str_))
 
   def numbers(self, number: int) -> dict[str, Any]:

@@ -52,7 +52,9 @@ def write_stats(config: ConfigDict) -> pathlib.Path:
       f'The split {split!r} of {config.data.dataset} has {len(source)} images, and fewer than two '
       f'have no covariance: set eval.stats_split or data.path to a larger set.'
     )
-  dataset = datasets.Dataset(source, size, config.seed, False, lambda rng, x: x)
+  dataset = datasets.Dataset(
+    source, batch_size=size, seed=config.seed, shuffle=False, preprocess=None
+  )
 
   digest, images = hashlib.sha256(), TrainingImages(config, source) if split == 'train' else None
   features = _Features(extractor.num_features, len(source), config.eval.stats_features)

@@ -8,18 +8,22 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Integer, UInt8
+from jaxtyping import Float, Int, Integer, Real, UInt8
 
 Array = jax.Array | np.ndarray
 
 Scalar = Float[Array, '']
 PerExample = Float[Array, 'B']  # times t, noise levels sigma, log-densities: one for each example
 Batch = Float[Array, 'B *dims']  # x_t, its score, noise
+TimeLabels = Real[Array, 'B']  # what a network is conditioned on: time steps or noise levels
 Images = Float[Array, 'B H W C']
+FeatureMaps = Float[Array, 'B H W C']  # what the layers of a network pass on
+Embedding = Float[Array, 'B E']  # of a time or noise level
 GreyLevels = UInt8[Array, 'B H W C']  # images in 0...255
 Labels = Integer[Array, 'B']
 Logits = Float[Array, 'B num_classes']
 Features = Float[Array, 'N D']
 RandomKey = jax.Array  # one key, typed or raw, or an array of them
 Count = int | Int[Array, '']
-Scaler = Callable[[Array], Array]  # between images in [0, 1] and the network's range; affine
+# Between images in [0, 1] and the network's range; affine, and also for a single grey level.
+Scaler = Callable[[Array | float], Array | float]

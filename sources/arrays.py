@@ -5,6 +5,7 @@ import functools
 import hashlib
 
 import numpy as np
+from jaxtyping import Real, Shaped
 from ml_collections import ConfigDict
 
 from sources.base import ASSETS, Example, register_dataset
@@ -12,15 +13,22 @@ from sources.base import ASSETS, Example, register_dataset
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
-  """Examples held in memory."""
+  """Examples held in memory.
 
-  images: np.ndarray
-  labels: np.ndarray
+  Attributes:
+    images: grey levels, uint8 (N, H, W, C).
+    labels: a whole number for each, (N,).
+  """
+
+  images: Shaped[np.ndarray, 'N H W C']
+  labels: Real[np.ndarray, ' N']
 
   def __len__(self) -> int:
+    """The number of examples."""
     return len(self.images)
 
   def __getitem__(self, i: int) -> Example:
+    """Example number `i`: 'image', (H, W, C), and 'label', an int32."""
     return {'image': self.images[i], 'label': np.int32(self.labels[i])}
 
   @functools.cached_property
@@ -35,7 +43,10 @@ class ArraySource:
 
 @register_dataset(name='MNIST5K')
 def mnist5k(config: ConfigDict, split: str) -> ArraySource:
-  """5,000 MNIST digits, 500 of each class, that come with this repository; see assets/README.md."""
+  """5,000 MNIST digits that come with this repository, 500 of each class; see assets/README.md.
+
+  Images are uint8 (28, 28, 1), and labels the digits; `split` is 'train' or 'test'.
+  """
   del config
   with np.load(ASSETS / 'mnist5k.npz') as file:
     return ArraySource(file[f'{split}_images'], file[f'{split}_labels'])

@@ -21,7 +21,7 @@ class ImageFolder:
 
   Attributes:
     files: the pictures, as `pictures.open_folder` lists them.
-    size: height and width that they are brought to.
+    size: height and width that they are resized to.
     num_channels: 1 or 3.
   """
 
@@ -30,19 +30,26 @@ class ImageFolder:
   num_channels: int
 
   def __len__(self) -> int:
+    """The number of pictures."""
     return len(self.files)
 
   def __getitem__(self, i: int) -> Example:
+    """Example number `i`: 'image', uint8 (size, size, num_channels), and 'label', which is 0.
+
+    Raises:
+      UserError: if the picture cannot be read.
+    """
     image = pictures.decode(self.files[i].path, self.num_channels)
     return {'image': resize(central_crop(image), self.size), 'label': np.int32(0)}
 
   @property
   def paths(self) -> list[pathlib.Path]:
+    """The paths of the pictures, in the order of the examples."""
     return [pathlib.Path(file.path) for file in self.files]
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """SHA-256 of the names, relative to the folder, and sizes of the files."""
+    """SHA-256 of the files' sizes and of their names relative to the folder."""
     return pictures.fingerprint(self.files)
 
 
@@ -50,10 +57,10 @@ class ImageFolder:
 @register_dataset(name='FFHQ')
 @register_dataset(name='ImageFolder')
 def image_folder(config: ConfigDict, split: str, *, path: str = '') -> ImageFolder:
-  """The pictures below `config.data.path`; `pictures.open_folder` has the order and the splits.
+  """The pictures below `config.data.path`, in the order and splits of `pictures.open_folder`.
 
   Raises:
-    UserError: if that is not a folder of pictures, or one whose splits are not clear.
+    UserError: if this is not a folder of pictures, or if its splits are ambiguous.
   """
   try:
     files = pictures.open_folder(os.path.expanduser(path))[split]

@@ -1,13 +1,13 @@
 """Picture files: which ones a folder holds, how they are split, and what they look like in uint8.
 
-`open_folder` lists a folder and reads the headers of its files; `decode` reads one of them. What
-`decode` returns follows these rules, whatever the file format:
+`open_folder` lists a folder and reads the headers of its files; `decode` reads one file. Whatever
+the file format, `decode` follows these rules:
 
-- grey levels of 16 bits become v / 257 and floats, which have to be in [0, 1], 255 x, both rounded;
-  Pillow reads colours of 16 bits per channel by their upper 8 bits;
-- what is transparent is seen on a white ground;
-- the orientation in EXIF is applied;
-- an animation or a file of several pages is its first frame.
+- A grey level v of 16 bits becomes v / 257, and a float x, which has to be in [0, 1], becomes
+  255 x; both are rounded. Of colours with 16 bits per channel Pillow reads the upper 8 bits.
+- Transparent pixels are blended with a white background.
+- The orientation in EXIF is applied.
+- An animation or a file of several pages is represented by its first frame.
 """
 
 import collections
@@ -21,10 +21,11 @@ import stat
 import struct
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
+from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
 from runtime.errors import UserError
@@ -32,23 +33,23 @@ from runtime.errors import UserError
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif')
 MAX_PIXELS = 100_000_000
 
-# Folders of pictures for testing beside `train`: the first that there is.
+# Names of the folder of test pictures beside `train`, in the order of preference.
 TEST_FOLDERS = ('test', 'val', 'valid', 'validation', 'dev')
 
 _WIDE_MODES = ('I', 'I;16', 'I;16B', 'I;16L', 'I;16N', 'F')
 _MODES = (*_WIDE_MODES, '1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBX', 'RGBA', 'RGBa', 'CMYK', 'YCbCr')
-_HEADER_THREADS = 16  # more than there are cores: they wait for the file system
+_HEADER_THREADS = 16  # more than the machine has cores, since they wait for the file system
 
 
 class File(NamedTuple):
-  """A file that is, or looks like, a picture.
+  """A file that is a picture or looks like one.
 
   Attributes:
-    name: relative to the folder that was opened, with forward slashes.
-    path: where it is.
+    name: its path relative to the folder that was opened, with forward slashes.
+    path: its whole path.
     size: in bytes.
     modified: time of the last change, in nanoseconds.
-    fault: why it is not used; empty if it is.
+    fault: why the file is not used; empty if it is used.
   """
 
   name: str
@@ -64,16 +65,17 @@ class File(NamedTuple):
 
 
 def open_folder(root: str) -> dict[str, Sequence[File]]:
-  """The pictures of the splits 'train' and 'test', by their names in code-point order.
+  """Lists the pictures of the splits 'train' and 'test', each by name in code-point order.
 
-  With a sub-folder `train` the pictures in it are for training, and those in the first of
-  `TEST_FOLDERS` that has any for testing; upper and lower case do not matter. If there is none of
-  these, every tenth picture of `train` is for testing; without `train`, every tenth of all. Files
-  that cannot be used are left out, with one warning that says why.
+  If the folder has a sub-folder `train`, its pictures are the training split, and those of the
+  first of `TEST_FOLDERS` that holds any are the test split; the case of these names is ignored.
+  Without a test folder, every tenth picture of `train` is in the test split instead of the training
+  split, and without `train`, every tenth of all pictures. Files that cannot be used are left out,
+  and one warning says why.
 
   Raises:
     UserError: if the folder cannot be read, holds other folders of pictures beside `train`, or
-      no picture that can be read.
+      holds no readable picture.
   """
   files = list_files(root)
   folders = (name for name in sorted(os.listdir(root)) if os.path.isdir(os.path.join(root, name)))
@@ -82,13 +84,13 @@ def open_folder(root: str) -> dict[str, Sequence[File]]:
 
 
 def list_files(root: str) -> list[File]:
-  """All files below `root` that look like pictures, by their names in code-point order.
+  """Lists all files below `root` that look like pictures, by name in code-point order.
 
-  Links are followed, and each folder is read once, by its own name rather than by that of a link.
-  Broken links, hidden and empty files and folders that cannot be read have a `fault`.
+  Links are followed. Each folder is read once, under its own name rather than that of a link.
+  Broken links, hidden files, empty files and folders that cannot be read have a `fault`.
 
   Raises:
-    UserError: if `root` is not a folder that can be read.
+    UserError: if `root` is not a readable folder.
   """
   files, seen = [], set()
   pending = collections.deque([(root, '')])
@@ -110,7 +112,7 @@ def list_files(root: str) -> list[File]:
       if fault:
         files.append(File(name, entry.path, fault=fault))
       elif fault is not None and entry.is_dir():
-        # Links wait until all folders that are really there have been read.
+        # Links wait until all real folders have been read.
         add = pending.append if entry.is_symlink() else pending.appendleft
         add((entry.path, name + '/'))
       elif fault is not None:
@@ -120,7 +122,7 @@ def list_files(root: str) -> list[File]:
 
 
 def _fault(entry: os.DirEntry) -> str | None:
-  """Why a folder or picture is not used; empty if it is; None for what is no picture."""
+  """Why a folder or picture is not used; empty if it is used; None if it is neither of them."""
   suffix = os.path.splitext(entry.name)[1].lower()
   named_picture = suffix in SUFFIXES or _is_image_type(entry.name)
   hidden = entry.name.startswith('.')
@@ -148,7 +150,7 @@ def _is_image_type(name: str) -> bool:
   return (mimetypes.guess_type(name)[0] or '').startswith('image/')
 
 
-@functools.lru_cache(maxsize=4)  # both splits of a run come from one look at the files
+@functools.lru_cache(maxsize=4)  # so that a run checks the files once for both of its splits
 def _split(files: tuple[File, ...], train: str | None) -> dict[str, Sequence[File]]:
   folders = _split_folders([file for file in files if not file.fault], train)
   used = [file for file in files if file.fault or not folders or file.folder in folders.values()]
@@ -168,12 +170,12 @@ def _split(files: tuple[File, ...], train: str | None) -> dict[str, Sequence[Fil
     if not chosen:
       where = f'its folder {folders.get(split, train)!r}' if folders else 'it'
       found = _summary(skipped) if skipped else f'no file ends in {", ".join(SUFFIXES)}'
-      raise UserError(f'{where} holds no picture that can be read ({found}); put pictures there.')
+      raise UserError(f'{where} holds no picture that can be read ({found}); put pictures into it.')
   return splits
 
 
 def _split_folders(files: Sequence[File], train: str | None) -> dict[str, str]:
-  """The sub-folders of the splits; none if the pictures are not sorted into such folders."""
+  """The sub-folders of the splits, by split; empty if the pictures are not in such folders."""
   others = {file.folder for file in files} - {train}
   tests = sorted(
     (name for name in others if name.lower() in TEST_FOLDERS),
@@ -182,15 +184,15 @@ def _split_folders(files: Sequence[File], train: str | None) -> dict[str, str]:
   if train is None:
     if tests:
       raise UserError(
-        f"it has a folder {tests[0]!r} but none named 'train': move the pictures for training into "
-        f"a folder 'train' beside it, or rename it."
+        f"it has a folder {tests[0]!r} but none named 'train': move the training pictures into a "
+        f"folder 'train' beside it, or rename it."
       )
     return {}
   strange = sorted(others - set(tests))
   if strange:
     names = ', '.join(repr(name) if name else 'the folder itself' for name in strange)
     raise UserError(
-      f'there are pictures outside {train!r}, in {names}: move them into {train!r} or out of the '
+      f'it has pictures outside {train!r}, in {names}: move them into {train!r} or out of the '
       f'folder; those for testing go into one of {", ".join(TEST_FOLDERS)}.'
     )
   if len(tests) > 1:
@@ -199,7 +201,7 @@ def _split_folders(files: Sequence[File], train: str | None) -> dict[str, str]:
 
 
 def _hold_out(files: Sequence[File]) -> dict[str, Sequence[File]]:
-  """Every tenth is for testing; of fewer than ten the last, and a single one is in both splits."""
+  """Every tenth file tests, or the last of fewer than ten; a single one is in both splits."""
   if len(files) == 1:
     logging.warning('The only picture, %s, is used for training and for testing.', files[0].path)
     return {'train': files, 'test': files}
@@ -211,7 +213,7 @@ def _hold_out(files: Sequence[File]) -> dict[str, Sequence[File]]:
 
 
 def _summary(skipped: Sequence[File], examples: int = 3) -> str:
-  """How many files are skipped for which reason, with the names of the first ones."""
+  """The number of files that are skipped for each reason, with the names of the first ones."""
   names = collections.defaultdict(list)
   for file in skipped:
     names[file.fault].append(file.name)
@@ -223,7 +225,7 @@ def _summary(skipped: Sequence[File], examples: int = 3) -> str:
 
 
 def check_headers(files: Sequence[File]) -> list[File]:
-  """The files, with a `fault` where the header is not that of a picture that `decode` can read."""
+  """Returns the files, with a `fault` unless the header is of a picture that `decode` can read."""
   Image.init()  # loading the plugins is not safe in threads
   with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(_HEADER_THREADS) as pool:
     warnings.simplefilter('ignore', Image.DecompressionBombWarning)
@@ -244,37 +246,40 @@ def _header_fault(path: str) -> str:
       return '' if image.mode in _MODES else f'colours of mode {image.mode}'
   except Image.DecompressionBombError:
     return too_large
-  except Exception as error:  # plugins raise many kinds for what is not their format
+  except Exception as error:  # plugins raise many kinds of errors at files of other formats
     return getattr(error, 'strerror', None) or 'not a picture'
 
 
 def fingerprint(files: Sequence[File]) -> str:
-  """SHA-256 of the names and sizes of the files."""
+  """SHA-256 of the names and sizes of the files, in hexadecimal digits."""
   digest = hashlib.sha256()
   for file in sorted(files):
     digest.update(f'{file.name}\0{file.size}\n'.encode(errors='surrogateescape'))
   return digest.hexdigest()
 
 
-def decode(path: str | os.PathLike, num_channels: int) -> np.ndarray:
-  """A picture file as uint8 (height, width, channels); the rules are those of this module.
+def decode(path: str | os.PathLike[str], num_channels: int) -> UInt8[np.ndarray, 'H W C']:
+  """Decodes a picture file by the rules of this module.
 
   Args:
     path: of the file.
     num_channels: 1 for grey; else RGB.
 
+  Returns:
+    Grey levels, uint8 (height, width, channels).
+
   Raises:
-    UserError: naming the file, if it is damaged or has values outside the range of its type.
+    UserError: if the file, which it names, is damaged or has values outside the range of its type.
   """
   try:
-    # Not by its path: Pillow would map the file and mix up the rows of a TIFF that is turned.
+    # Given a path, Pillow would map the file into memory and mix up the rows of a rotated TIFF.
     with open(path, 'rb') as file, Image.open(file) as image:
       _scale_transparent_colour(image)
       image.load()
       _turn_upright(image)
       pixels = _on_white(_to_8_bits(image)).convert('L' if num_channels == 1 else 'RGB')
       return np.asarray(pixels).reshape(*pixels.size[::-1], -1)
-  except Exception as error:  # decoders raise many kinds for damaged data
+  except Exception as error:  # decoders raise many kinds of errors at damaged data
     reason = (str(error) or type(error).__name__).splitlines()[0]
     raise UserError(
       f'The picture {os.fspath(path)} cannot be read ({reason}): remove or replace it and rerun '
@@ -283,7 +288,7 @@ def decode(path: str | os.PathLike, num_channels: int) -> np.ndarray:
 
 
 def _scale_transparent_colour(image: Image.Image) -> None:
-  """Brings a PNG's transparent grey level or colour to 8 bits, as Pillow does with its pixels."""
+  """Scales a PNG's transparent grey level or colour to 8 bits, as Pillow does with its pixels."""
   if image.format != 'PNG' or 'transparency' not in image.info:
     return
   colour = image.info['transparency']
@@ -294,7 +299,7 @@ def _scale_transparent_colour(image: Image.Image) -> None:
 
 
 def _turn_upright(image: Image.Image) -> None:
-  # EXIF that cannot be parsed does not say that the picture is to be turned.
+  # EXIF that cannot be parsed says nothing about the orientation.
   with contextlib.suppress(SyntaxError, ValueError, LookupError, struct.error):
     ImageOps.exif_transpose(image, in_place=True)
 
@@ -302,11 +307,11 @@ def _turn_upright(image: Image.Image) -> None:
 def _to_8_bits(image: Image.Image) -> Image.Image:
   if image.mode not in _WIDE_MODES:
     return image
-  tags: Any = getattr(image, 'tag_v2', {})  # of TIFF
+  tags = getattr(image, 'tag_v2', {})  # of TIFF
   twelve_bits = tags.get(ExifTags.Base.BitsPerSample) == (12,)
   peak = 1 if image.mode == 'F' else 4095 if twelve_bits else 65535
   values = np.asarray(image)
-  if not ((values >= 0) & (values <= peak)).all():  # NaN is neither
+  if not ((values >= 0) & (values <= peak)).all():  # both comparisons are false for NaN
     raise ValueError(f'it has values from {values.min()} to {values.max()}, not within 0 to {peak}')
   levels = np.rint(values * (255 / peak)).astype(np.uint8)
   if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is zero

@@ -1,16 +1,23 @@
 """Cropping and resizing of grey levels."""
 
 import numpy as np
+from jaxtyping import Shaped, UInt8
 from PIL import Image
 
 from runtime.errors import UserError
 
 
-def central_crop(image: np.ndarray, side: int | None = None) -> np.ndarray:
-  """The central square of an image (H, W, C), as large as it can be or of the given side.
+def central_crop(
+  image: Shaped[np.ndarray, 'H W C'], side: int | None = None
+) -> Shaped[np.ndarray, 'side side C']:
+  """Crops an image, (H, W, C), to its central square, (side, side, C).
+
+  Args:
+    image: of any type.
+    side: height and width of the square; None takes the smaller side of the image.
 
   Raises:
-    UserError: if the image is smaller than that.
+    UserError: if the image is smaller than the square.
   """
   height, width = image.shape[:2]
   side = side or min(height, width)
@@ -23,11 +30,13 @@ def central_crop(image: np.ndarray, side: int | None = None) -> np.ndarray:
   return image[top : top + side, left : left + side]
 
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-  """A uint8 image at `size` x `size`, bilinear with antialiasing; unchanged if it has that size.
+def resize(image: Shaped[np.ndarray, 'H W C'], size: int) -> UInt8[np.ndarray, '{size} {size} C']:
+  """Resizes an image, uint8 (H, W, C), to (size, size, C), bilinearly with antialiasing.
+
+  An image that has this size is returned as it is.
 
   Raises:
-    UserError: if the image is of another type.
+    UserError: if the image is not uint8.
   """
   if image.dtype != np.uint8:
     raise UserError(

@@ -2,15 +2,17 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Shaped, UInt8
 from ml_collections import ConfigDict
 
 from runtime.errors import UserError
-from sources.base import Example, register_dataset
+from sources.base import Example, Source, register_dataset
 from sources.pixels import central_crop, resize
+
+Transform = Callable[[Shaped[np.ndarray, 'H W C']], UInt8[np.ndarray, 'size size C']]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +21,19 @@ class TFDSSource:
 
   Attributes:
     source: a `tfds.data_source`, whose items have 'image' and perhaps 'label'.
-    transform: from a stored image to the uint8 array that the network is trained on.
+    transform: from a stored image, (H, W, C), to the one that the network is trained on, uint8
+      (size, size, C).
   """
 
-  source: Sequence[Any]
-  transform: Callable[[np.ndarray], np.ndarray]
+  source: Source
+  transform: Transform
 
   def __len__(self) -> int:
+    """The number of examples."""
     return len(self.source)
 
   def __getitem__(self, i: int) -> Example:
+    """Example number `i`: the transformed 'image', and 'label', an int32 that is 0 by default."""
     example = self.source[int(i)]
     return {
       'image': self.transform(np.asarray(example['image'])),
@@ -39,21 +44,22 @@ class TFDSSource:
 def tfds_source(
   name: str,
   split: str,
-  transform: Callable[[np.ndarray], np.ndarray],
+  transform: Transform,
+  *,
   data_dir: str | pathlib.Path | None = None,
 ) -> TFDSSource:
-  """Opens a data set that TensorFlow Datasets has prepared, and prepares it if it can.
+  """Opens a data set of TensorFlow Datasets, preparing it first if necessary.
 
   Args:
     name: of the builder.
     split: 'train', 'test', ...
     transform: see `TFDSSource`.
-    data_dir: where it is; None takes TFDS_DATA_DIR or ~/tensorflow_datasets.
+    data_dir: folder of the data sets; None takes TFDS_DATA_DIR or ~/tensorflow_datasets.
 
   Raises:
-    UserError: if it is neither there nor can be made here.
+    UserError: if the data set has not been prepared and cannot be prepared on this machine.
   """
-  # Here, because it takes seconds to import and most runs do without.
+  # Imported here, because the import takes seconds and most runs do without it.
   import tensorflow_datasets as tfds
 
   builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
@@ -64,29 +70,32 @@ def tfds_source(
     raise UserError(
       f'The data set {name!r} is not in {builder.data_dir} and could not be prepared '
       f'({type(error).__name__}: {str(error).splitlines()[0] if str(error) else "no message"}): '
-      f'run `tfds build {name} --file_format=array_record` where there is a network and copy it '
-      f'there, or set TFDS_DATA_DIR to where it is.'
+      f'run `tfds build {name} --file_format=array_record` on a machine with internet access and '
+      f'copy the result to this folder, or set TFDS_DATA_DIR to the folder that has it.'
     ) from error
   return TFDSSource(source, transform)
 
 
 @register_dataset(name='CIFAR10')
 def cifar10(config: ConfigDict, split: str) -> TFDSSource:
-  """CIFAR-10 through TensorFlow Datasets."""
+  """CIFAR-10 through TensorFlow Datasets, resized to `data.image_size`."""
   size = config.data.image_size
   return tfds_source('cifar10', split, lambda image: resize(image, size))
 
 
 @register_dataset(name='SVHN')
 def svhn(config: ConfigDict, split: str) -> TFDSSource:
-  """The cropped digits of Street View House Numbers through TensorFlow Datasets."""
+  """The cropped digits of SVHN (Street View House Numbers) through TensorFlow Datasets."""
   size = config.data.image_size
   return tfds_source('svhn_cropped', split, lambda image: resize(image, size))
 
 
 @register_dataset(name='CELEBA')
 def celeba(config: ConfigDict, split: str) -> TFDSSource:
-  """CelebA through TensorFlow Datasets, the central 140 pixels; tested on its validation split."""
+  """The central 140 x 140 pixels of CelebA through TensorFlow Datasets.
+
+  The split 'test' is the validation split of CelebA, as in published numbers.
+  """
   size = config.data.image_size
   return tfds_source(
     'celeb_a', _validation(split), lambda image: resize(central_crop(image, 140), size)
@@ -95,14 +104,17 @@ def celeba(config: ConfigDict, split: str) -> TFDSSource:
 
 @register_dataset(name='LSUN')
 def lsun(config: ConfigDict, split: str, *, category: str = '') -> TFDSSource:
-  """One category of LSUN through TensorFlow Datasets; tested on its validation split.
+  """The central squares of one category of LSUN through TensorFlow Datasets.
+
+  The split 'test' is the validation split of LSUN, as in published numbers.
 
   Raises:
-    UserError: without a category.
+    UserError: if `data.category` is empty.
   """
   if not category:
     raise UserError(
-      "data.dataset='LSUN' needs a data.category, such as 'bedroom' or 'church_outdoor'."
+      "data.category='' is empty, but data.dataset='LSUN' needs a data.category: set it to one "
+      "such as 'bedroom' or 'church_outdoor'."
     )
   size = config.data.image_size
   return tfds_source(
@@ -111,5 +123,5 @@ def lsun(config: ConfigDict, split: str, *, category: str = '') -> TFDSSource:
 
 
 def _validation(split: str) -> str:
-  """The split of data sets that published numbers evaluate on their validation split."""
+  """The split of a data set whose published numbers are those of its validation split."""
   return 'validation' if split == 'test' else split

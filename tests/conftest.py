@@ -16,6 +16,7 @@ TYPED = (
   'controllable_generation',
   'datasets',
   'evaluation',
+  'formats',
   'likelihood',
   'losses',
   'metrics',

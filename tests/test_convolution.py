@@ -79,7 +79,7 @@ def test_resampling_follows_its_definition_along_each_axis(up, down, pad):
     expected = np.apply_along_axis(
       _upfirdn_by_definition, axis, expected, taps / taps.sum(), up, down, pad
     )
-  actual = resampling.upfirdn_2d(jnp.asarray(x), taps, up, down, pad)
+  actual = resampling.upfirdn_2d(jnp.asarray(x), taps, up=up, down=down, pad=pad)
   np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 

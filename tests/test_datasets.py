@@ -193,10 +193,10 @@ def test_fingerprint_of_a_source_changes_with_its_examples(picture_config):
 def test_later_image_of_another_shape_or_type_is_named(image):
   source = [{'image': np.zeros((2, 2, 1), np.uint8), 'label': 0} for _ in range(8)]
   source[5]['image'] = image
-  dataset = datasets.Dataset(source, 4, 0, True, lambda rng, x: x)
+  dataset = datasets.Dataset(source, batch_size=4, seed=0, shuffle=True, preprocess=None)
   for batches in (lambda: [dataset.batch(i) for i in range(2)], lambda: list(dataset.once())):
     with pytest.raises(
-      UserError, match='Image 5 of the data set has shape .*make all images alike'
+      UserError, match='Image 5 of the data set has shape .*give all images one shape'
     ):
       batches()
 
@@ -216,7 +216,7 @@ def test_images_of_another_type_are_refused_and_not_cast(config):
 
 
 def test_empty_source_and_unknown_split_are_refused(config):
-  with pytest.raises(UserError, match="There is no split 'validation': use 'train' or 'test'"):
+  with pytest.raises(UserError, match="Unknown split 'validation': use 'train' or 'test'"):
     datasets.get_source(config, 'validation')
 
   @datasets.register_dataset(name='EMPTY')

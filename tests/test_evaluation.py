@@ -18,6 +18,7 @@ import pytest
 import datasets
 import evaluation
 import metrics
+from models import extractors
 from modes import stats as stats_mode
 from modes.preparation import prepare
 from runtime.errors import UserError
@@ -108,7 +109,7 @@ def test_numbers_name_their_extractor_and_count(test_split, extractor):
 def test_the_statistics_score_zero_against_themselves(test_split, extractor):
   stats = evaluation.load_dataset_stats(test_split, extractor)
   logits = np.zeros((len(stats.pool_3), 2))
-  numbers, _ = evaluation.sample_metrics('tiny', stats, stats.pool_3, logits)
+  numbers, _ = evaluation.sample_metrics('tiny', stats, pool_3=stats.pool_3, logits=logits)
   assert abs(numbers['fid_tiny_500']) <= 1e-6
   assert numbers['precision_tiny_500'] == numbers['recall_tiny_500'] == 1
 
@@ -128,10 +129,12 @@ def test_statistics_of_other_programs_are_read(format, config, extractor):
   stats = evaluation.load_dataset_stats(config, extractor)
   np.testing.assert_allclose(stats.mean, mu, rtol=1e-9)
   np.testing.assert_allclose(stats.covariance, sigma, rtol=1e-9)
-  numbers, warnings = evaluation.sample_metrics('tiny', stats, features, np.zeros((500, 2)))
+  numbers, warnings = evaluation.sample_metrics(
+    'tiny', stats, pool_3=features, logits=np.zeros((500, 2))
+  )
   assert abs(numbers['fid_tiny_500']) <= 1e-6
   assert ('kid_tiny_500' in numbers) == (format == 'activations')
-  assert 'does not say how it was made' in warnings[0]
+  assert 'does not record its provenance' in warnings[0]
   assert any('no KID' in warning for warning in warnings) == (format != 'activations')
 
 
@@ -141,17 +144,17 @@ def test_statistics_that_do_not_fit_are_refused(test_split, extractor, tmp_path)
     with pytest.raises(UserError, match=message):
       evaluation.load_dataset_stats(test_split, changed)
 
-  refused("extractor .there 'tiny', here 'other'.", name='other')
-  refused("scaling .there 'unit', here 'ttur'.", scaling='ttur')
-  refused("fingerprint .there '0', here '1'.", fingerprint='1')
+  refused("extractor .recorded 'tiny', configured 'other'.", name='other')
+  refused("scaling .recorded 'unit', configured 'ttur'.", scaling='ttur')
+  refused("fingerprint .recorded '0', configured '1'.", fingerprint='1')
   whole = pathlib.Path(test_split.eval.stats_path).read_bytes()
   pathlib.Path(test_split.eval.stats_path).write_bytes(whole[: len(whole) // 2])
   refused('cannot be read')
   pathlib.Path(test_split.eval.stats_path).write_bytes(whole)
   test_split.data.image_size = 32
-  refused('image_size .there 28, here 32.')
+  refused('image_size .recorded 28, configured 32.')
   np.savez(test_split.eval.stats_path, mu=np.zeros(3), sigma=np.eye(3))
-  refused('number of features .there 3, here 8.')
+  refused('number of features .recorded 3, configured 8.')
   np.savez(test_split.eval.stats_path, features=np.zeros(3))
   refused('neither pool_3 nor mu and sigma')
   pathlib.Path(test_split.eval.stats_path).write_bytes(b'damaged')
@@ -438,7 +441,7 @@ def test_inception_features_come_from_the_file_of_pytorch(monkeypatch, tmp_path)
   path = tmp_path / 'weights.pth'
   write_pth(path, test_inception.state_dict())
   digest = hashlib.sha256(path.read_bytes()).hexdigest()
-  monkeypatch.setattr(evaluation, '_INCEPTION_SHA256', digest[:8])
+  monkeypatch.setattr(extractors, '_INCEPTION_SHA256', digest[:8])
   monkeypatch.setenv('SCORE_SDE_INCEPTION', str(path))
   ttur = evaluation.get_inception_model(scaling='ttur')
   assert (ttur.name, ttur.scaling, ttur.fingerprint) == ('inception_ttur', 'ttur', digest)
@@ -508,7 +511,7 @@ def test_the_evaluation_loader_gives_each_example_once(size):
   """Also where the split is smaller than the batch; and the parts of processes are disjoint."""
   images = np.arange(size, dtype=np.uint8).reshape(size, 1, 1, 1)
   source = datasets.ArraySource(images, np.zeros(size))
-  dataset = datasets.Dataset(source, 8, 0, True, None)
+  dataset = datasets.Dataset(source, batch_size=8, seed=0, shuffle=True, preprocess=None)
   batches = list(dataset.once())
   assert len(batches) == len(dataset) == -(-size // 8)
   assert all(batch['image'].shape == (8, 1, 1, 1) for batch in batches)
@@ -523,7 +526,8 @@ def test_the_evaluation_loader_gives_each_example_once(size):
 
 def test_two_processes_get_the_halves_of_each_batch(monkeypatch):
   images = np.arange(13, dtype=np.uint8).reshape(13, 1, 1, 1)
-  dataset = datasets.Dataset(datasets.ArraySource(images, np.zeros(13)), 8, 0, False, None)
+  source = datasets.ArraySource(images, np.zeros(13))
+  dataset = datasets.Dataset(source, batch_size=8, seed=0, shuffle=False, preprocess=None)
   whole = [batch['image'] for batch in dataset.once()]
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   halves = []

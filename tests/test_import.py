@@ -503,7 +503,7 @@ ADAM = ('optimizer', 'state', 2)
       'has a value of type list of length 2 as model, where one of type dict must',
     ),
     (['model', 'epoch'], 7, 'has entries in model that are not tensors, epoch'),
-    (['model', 'all_modules.0.bias'], np.zeros(8, np.float32), 'differ in nothing but module.'),
+    (['model', 'all_modules.0.bias'], np.zeros(8, np.float32), 'differ only by module.'),
     (['ema', 'shadow_params', 1], ..., 'has 8 trained parameters in model, and the 7 entries of'),
     (['ema', 'shadow_params', 1], {}, 'the 8 entries of ema/shadow_params are not one tensor'),
     (['ema', 'shadow_params'], ..., 'has no ema/shadow_params (ema is a dictionary of decay, num_'),

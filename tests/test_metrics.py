@@ -11,7 +11,7 @@ from tests.golden_values import load
 
 def fid(real, fake):
   a, b = metrics.moments(real), metrics.moments(fake)
-  return metrics.frechet_distance(a.mean, a.covariance(), b.mean, b.covariance())
+  return metrics.frechet_distance((a.mean, a.covariance()), (b.mean, b.covariance()))
 
 
 def test_recorded_values():
@@ -43,7 +43,9 @@ def test_fid_of_commuting_gaussians_is_the_closed_form():
   s2[10:30] = 0
   m1, m2 = rng.randn(2, 40)
   expected = np.sum((m1 - m2) ** 2) + np.sum((s1 - s2) ** 2)
-  actual = metrics.frechet_distance(m1, (basis * s1**2) @ basis.T, m2, (basis * s2**2) @ basis.T)
+  actual = metrics.frechet_distance(
+    (m1, (basis * s1**2) @ basis.T), (m2, (basis * s2**2) @ basis.T)
+  )
   np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
@@ -53,7 +55,7 @@ def test_fid_of_gaussians_in_two_dimensions_is_the_closed_form():
   product = s1 @ s2
   root = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
   expected = 1 + np.trace(s1) + np.trace(s2) - 2 * root
-  actual = metrics.frechet_distance(np.zeros(2), s1, np.array([1.0, 0.0]), s2)
+  actual = metrics.frechet_distance((np.zeros(2), s1), (np.array([1.0, 0.0]), s2))
   np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
@@ -183,7 +185,7 @@ def test_what_are_no_moments_are_refused():
     (r'which must be \(D,\) and \(D, D\)', (mean, covariance[:2])),
     ('the mean has the shape', (mean[None], covariance)),
   ):
-    for pair in ((*broken, mean, covariance), (mean, covariance, *broken)):
+    for pair in ((broken, (mean, covariance)), ((mean, covariance), broken)):
       with pytest.raises(UserError, match=message):
         metrics.frechet_distance(*pair)
 
