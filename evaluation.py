@@ -1,8 +1,8 @@
 """Sample quality: statistics of data sets, and the numbers that compare samples with them.
 
 Every number is named after its extractor and the number of samples, `fid_inception_50k`, and is
-reported beside the name of the data that it was compared with. `models.extractors` has the networks, and
-`metrics` the definitions of the numbers.
+reported beside the name of the data that it was compared with. `models.extractors` has the
+networks, and `metrics` the definitions of the numbers.
 """
 
 import dataclasses
