@@ -13,7 +13,6 @@ import pathlib
 import re
 import statistics
 import sys
-from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parent.parent
 LEFT_OUT = ('tests', 'benchmarks', 'docs', 'assets')  # they may import anything
@@ -155,11 +154,18 @@ def draw(path: pathlib.Path) -> None:
   figure.savefig(path, bbox_inches='tight', metadata={'Date': None})
 
 
-def functions(path: pathlib.Path) -> Iterator[ast.FunctionDef]:
+def functions(path: pathlib.Path) -> list[ast.FunctionDef]:
   """The functions and methods of a module."""
-  for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-    if isinstance(node, ast.FunctionDef):
-      yield node
+  tree = ast.parse(path.read_text(encoding='utf-8'))
+  return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def public_functions(path: pathlib.Path) -> list[ast.FunctionDef]:
+  """Those that others can call: not private, and not inside another function."""
+  tree = ast.parse(path.read_text(encoding='utf-8'))
+  scopes = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+  found = [node for scope in scopes for node in scope.body if isinstance(node, ast.FunctionDef)]
+  return [f for f in found if not f.name.startswith('_')]
 
 
 def _annotated(function: ast.FunctionDef) -> bool:
@@ -169,11 +175,11 @@ def _annotated(function: ast.FunctionDef) -> bool:
 
 
 _ARRAYS = re.compile(
-  r'\bjax\.Array\b|\bnp\.ndarray\b|\b(Float|Int|Integer|UInt8|Bool|Shaped)\[|'
+  r'\bjax\.Array\b|\bnp\.ndarray\b|\b(Float|Int|Integer|Real|UInt8|Bool|Shaped)\[|'
   r'\b(Batch|PerExample|Images|GreyLevels|Labels|Logits|Features|Scalar)\b'
 )
 _SHAPES = re.compile(
-  r'\b(Float|Int|Integer|UInt8|Bool|Shaped|Num)\[|'
+  r'\b(Float|Int|Integer|Real|UInt8|Bool|Shaped|Num)\[|'
   r'\b(Batch|PerExample|Images|GreyLevels|Labels|Logits|Features|Scalar|RandomKey)\b'
 )
 
@@ -190,7 +196,7 @@ def figures() -> dict[str, float | str]:
   found_cycle = cycle(rooms)
   found = [f for path in paths for f in functions(path)]
   lengths = sorted(f.end_lineno - f.lineno + 1 for f in found)
-  public = [f for f in found if not f.name.startswith('_')]
+  public = [f for path in paths for f in public_functions(path)]
   arrays = [f for f in public if _ARRAYS.search(_annotations(f))]
   shapes = [f for f in arrays if _SHAPES.search(_annotations(f))]
   lines = {path: len(path.read_text(encoding='utf-8').splitlines()) for path in paths}

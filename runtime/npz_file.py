@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Shaped
 
 _DEFLATE = 1032  # the largest compression ratio of deflate
 _NPY_HEADERS = {
@@ -32,7 +33,7 @@ UNREADABLE = (
 
 def load_arrays(
   path: pathlib.Path, wanted: Callable[[list[str]], list[str]]
-) -> dict[str, np.ndarray]:
+) -> dict[str, Shaped[np.ndarray, '...']]:
   """Reads the chosen arrays of a file and ignores its other content.
 
   Args:
