@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from models import utils
+from models import classifier, utils
 from modes import convert as conversion
 from runtime import torch_file
 from runtime.errors import UserError
@@ -312,7 +312,7 @@ def test_headers_of_safetensors_that_lie_are_refused(header, tmp_path, traced):
     conversion.read_state(tiny_config.get_config(), str(path))
   assert str(path) in str(error.value)
   with pytest.raises(UserError, match=r'is not a classifier \('):
-    utils.read_classifier_file(path)
+    classifier.read_classifier_file(path)
   seconds, memory = traced()
   assert seconds < 3
   assert memory < 2**25
@@ -363,7 +363,7 @@ def test_classifier_with_other_metadata_is_refused_with_what_it_says(info, found
   metadata = {'classifier': info} if isinstance(info, str) else info
   path = write_classifier(tmp_path / 'classifier.safetensors', metadata)
   for read in (
-    utils.read_classifier_file,
+    classifier.read_classifier_file,
     lambda path: utils.create_classifier(jax.random.PRNGKey(0), 1, path),
   ):
     with pytest.raises(UserError) as error:
