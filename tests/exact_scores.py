@@ -10,7 +10,6 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import sde_lib
 from models import utils
@@ -143,7 +142,7 @@ class TrainableGaussianNetwork(nn.Module):
 # Correlated entries.
 
 
-def correlated_gaussian_score(sde: SDE, mean: np.ndarray, covariance: np.ndarray) -> ScoreFn:
+def correlated_gaussian_score(sde: SDE, mean: jax.Array, covariance: jax.Array) -> ScoreFn:
   """(alpha^2 C + sigma^2 I)^-1 (alpha mean - x), in the eigenbasis of C.
 
   Args:
@@ -151,7 +150,7 @@ def correlated_gaussian_score(sde: SDE, mean: np.ndarray, covariance: np.ndarray
     mean: the mean of the D entries of an example, (D,).
     covariance: their covariance C, (D, D).
   """
-  values, vectors = (jnp.asarray(v, jnp.float32) for v in np.linalg.eigh(covariance))
+  values, vectors = jnp.linalg.eigh(jnp.asarray(covariance, jnp.float32))
 
   def score_fn(x, t):
     alpha, sigma = (v[:, None] for v in noise_scales(sde, t))

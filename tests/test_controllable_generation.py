@@ -1,6 +1,7 @@
 """Conditions: recorded values, Gaussians whose posterior is known, and what must never leak."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -18,8 +19,11 @@ from runtime.errors import UserError
 from samplers import few_step
 from tests import golden_values as golden
 from tests import tiny_config
+from tests.compilation import optimized
 from tests.exact_scores import correlated_gaussian_score, gaussian_score, mixture_score
 from train_state import State
+
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
 
 @pytest.mark.slow
@@ -51,7 +55,6 @@ def test_inpainting_and_colorization_agree_with_recorded_images(name, recorded_r
 SHAPE = (2, 2, 3)
 D = 12
 SDES = [sde_lib.VPSDE(N=150), sde_lib.subVPSDE(N=150), sde_lib.VESDE(sigma_max=10.0, N=150)]
-by_sde = pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
 COUNT = 4096  # samples; the standard error of a mean is 0.016 deviations, of a variance 0.022
 
 
@@ -61,10 +64,6 @@ def covariance(correlation):
 
 
 MEAN = np.linspace(-0.4, 0.4, D)
-
-
-def correlated_score(sde, C):
-  return correlated_gaussian_score(sde, MEAN, C)
 
 
 def posterior(C, A, y, noise_std=0.0):
@@ -95,13 +94,22 @@ def measurements(sde):
     yield condition, A, A @ image.ravel()
 
 
-def draw(method, score_fn, condition, count=COUNT):
-  sample = jax.jit(
-    lambda rng, condition: sampling.run(
-      method, score_fn, rng, shape=(count, *SHAPE), condition=condition
-    )
-  )
-  return np.asarray(sample(jax.random.PRNGKey(0), condition))
+@functools.cache
+def sampler(make_method, sde, count, **options):
+  """A function of the data's covariance and of a condition, compiled once for all of these."""
+  method = make_method(sde, **options)
+
+  @jax.jit
+  def sample(C, condition):
+    score_fn = correlated_gaussian_score(sde, MEAN, C)
+    rng = jax.random.PRNGKey(0)
+    return sampling.run(method, score_fn, rng, shape=(count, *SHAPE), condition=condition)
+
+  return sample
+
+
+def draw(make_method, sde, C, condition, count=COUNT, **options):
+  return np.asarray(sampler(make_method, sde, count, **options)(C, condition))
 
 
 def errors(x, expected):
@@ -143,16 +151,18 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('sde', 'method'), CASES)
+@optimized()
 def test_measurements_of_uncorrelated_data_lead_to_the_posterior(sde, method):
   C = covariance(0.0)
   for condition, A, y in measurements(sde):
-    x = draw(METHODS[method](sde), correlated_score(sde, C), condition)
+    x = draw(METHODS[method], sde, C, condition)
     mean_error, covariance_error = errors(x, posterior(C, A, y))
     assert mean_error < MEAN_NOISE
     assert covariance_error < COVARIANCE_NOISE
 
 
 @pytest.mark.parametrize(('sde', 'method'), CASES)
+@optimized()
 def test_measurements_of_correlated_data_lead_near_the_posterior(sde, method):
   """Entries correlated by 0.6. What is known acts through noisy values of it: an approximation.
 
@@ -162,7 +172,6 @@ def test_measurements_of_correlated_data_lead_near_the_posterior(sde, method):
   off by 0.06 and 0.14 of the variance. Colour and detail are uncorrelated with what is known here,
   and right.
   """
-  sde = dataclasses.replace(sde, N=500)
   C = covariance(0.6)
   mean_bounds = [{'pc': 0.18, 'dpm_solver++': 0.3}[method], MEAN_NOISE, MEAN_NOISE]
   covariance_bounds = [
@@ -170,11 +179,18 @@ def test_measurements_of_correlated_data_lead_near_the_posterior(sde, method):
     COVARIANCE_NOISE,
     COVARIANCE_NOISE,
   ]
+  more_steps = dataclasses.replace(sde, N=500)
   for i, (condition, A, y) in enumerate(measurements(sde)):
-    x = draw(METHODS[method](sde), correlated_score(sde, C), condition)
+    if i == 0 and method == 'pc':
+      condition = condition.replace(sde=more_steps)
+    x = draw(METHODS[method], condition.sde, C, condition)
     mean_error, covariance_error = errors(x, posterior(C, A, y))
     assert mean_error < mean_bounds[i]
     assert covariance_error < covariance_bounds[i]
+
+
+def left_column(x):
+  return x[:, :, 0].reshape(len(x), -1)
 
 
 @pytest.mark.parametrize(('sde', 'method'), CASES)
@@ -182,22 +198,22 @@ def test_measurements_of_correlated_data_lead_near_the_posterior(sde, method):
 def test_posterior_guidance_leads_to_the_posterior_of_a_noisy_measurement(sde, method, correlation):
   """Exact for uncorrelated data; else off by 0.07 deviations with the corrector, 0.13 without."""
   C = covariance(correlation)
-  A = matrix_of(lambda x: x[:, :, 0])
+  A = matrix_of(left_column)
   y = np.random.RandomState(1).normal(0, 0.5, len(A))
   condition = control.PosteriorGuidance(
     sde=sde,
     y=jnp.broadcast_to(jnp.asarray(y, jnp.float32), (COUNT, len(A))),
-    A=lambda x: x[:, :, 0].reshape(len(x), -1),
+    A=left_column,
     noise_std=0.3,
     data_std=0.5,
   )
-  x = draw(METHODS[method](sde), correlated_score(sde, C), condition)
+  x = draw(METHODS[method], sde, C, condition)
   mean_error, covariance_error = errors(x, posterior(C, A, y, noise_std=0.3))
   assert mean_error < (MEAN_NOISE if correlation == 0 else 0.18)
   assert covariance_error < COVARIANCE_NOISE
 
 
-@by_sde
+@pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
 def test_class_guidance_makes_the_score_of_the_class(sde):
   """Two Gaussian classes, whose noisy posterior and scores are known: Eq. 14 to rounding."""
   means = jnp.asarray([-0.5, 0.7])
@@ -219,46 +235,50 @@ def test_class_guidance_makes_the_score_of_the_class(sde):
   np.testing.assert_allclose(score, expected, rtol=1e-3, atol=1e-4)
 
 
-def small_methods(sde, denoise=True):
+def small_pc(sde, denoise):
   predictor = sampling.get_predictor('reverse_diffusion')
   corrector = sampling.get_corrector('langevin')
   sde = dataclasses.replace(sde, N=30)
-  return {
-    'pc': sampling.PredictorCorrector(
-      sde, predictor, corrector, denoise=denoise, eps=sde.sampling_eps
-    ),
-    'ode': sampling.ODESampler(sde, rtol=1e-3, atol=1e-3),
-    **{
-      name: few_step.NoiseLevelSampler(sde, solver, 8, denoise=denoise)
-      for name, solver in (
-        ('ddim', few_step.DDIM()),
-        ('heun', few_step.Heun(churn=2.0)),
-        ('dpm_solver++', few_step.DPMSolverPP()),
-      )
-    },
-  }
-
-
-@by_sde
-@pytest.mark.parametrize('method', ['pc', 'ode', 'ddim', 'heun', 'dpm_solver++'])
-def test_known_pixels_come_back_exactly_and_unknown_ones_never_matter(sde, method):
-  method = small_methods(sde)[method]
-  score_fn = correlated_score(sde, covariance(0.6))
-  image = jax.random.normal(jax.random.PRNGKey(1), (3, *SHAPE))
-  mask = jnp.ones(SHAPE).at[:, 1].set(0)
-  sample = jax.jit(
-    lambda image: sampling.run(
-      method,
-      score_fn,
-      jax.random.PRNGKey(0),
-      shape=image.shape,
-      condition=control.inpainting(method.sde, image, mask),
-    )
+  return sampling.PredictorCorrector(
+    sde, predictor, corrector, denoise=denoise, eps=sde.sampling_eps
   )
-  x = sample(image)
-  np.testing.assert_array_equal(x[:, :, 0], image[:, :, 0])
+
+
+def small_flow(solver):
+  return lambda sde, denoise: few_step.NoiseLevelSampler(sde, solver, 8, denoise=denoise)
+
+
+SMALL_METHODS = {
+  'pc': small_pc,
+  'ode': lambda sde, denoise: sampling.ODESampler(sde, rtol=1e-3, atol=1e-3),
+  'ddim': small_flow(few_step.DDIM()),
+  'heun': small_flow(few_step.Heun(churn=2.0)),
+  'dpm_solver++': small_flow(few_step.DPMSolverPP()),
+}
+IMAGES = np.random.RandomState(1).normal(size=(3, *SHAPE)).astype(np.float32)
+MASK = np.ones((1, *SHAPE), np.float32)
+MASK[:, :, 1] = 0
+
+
+def draw_three(method, sde, condition, denoise=True):
+  """Three images, of which something is known."""
+  return draw(SMALL_METHODS[method], sde, covariance(0.6), condition, len(IMAGES), denoise=denoise)
+
+
+@pytest.mark.parametrize(
+  ('sde', 'method'),
+  [
+    pytest.param(sde, method, id=f'{type(sde).__name__}-{method}', marks=marks)
+    for sde, marks in ((SDES[0], ()), (SDES[1], pytest.mark.slow), (SDES[2], pytest.mark.slow))
+    for method in SMALL_METHODS
+  ],
+)
+def test_known_pixels_come_back_exactly_and_unknown_ones_never_matter(sde, method):
+  x = draw_three(method, sde, control.inpainting(sde, IMAGES, MASK))
+  np.testing.assert_array_equal(x[:, :, 0], IMAGES[:, :, 0])
   assert np.isfinite(x).all()
-  np.testing.assert_array_equal(sample(image.at[:, :, 1].set(jnp.nan)), x)
+  without = np.where(MASK == 0, np.float32(np.nan), IMAGES)
+  np.testing.assert_array_equal(draw_three(method, sde, control.inpainting(sde, without, MASK)), x)
 
 
 @pytest.mark.parametrize(
@@ -266,12 +286,10 @@ def test_known_pixels_come_back_exactly_and_unknown_ones_never_matter(sde, metho
   ['pc', 'ddim', *(pytest.param(m, marks=pytest.mark.slow) for m in ('ode', 'heun'))],
 )
 def test_known_pixels_come_back_exactly_without_noise_removal_too(method):
-  method = small_methods(SDES[0], denoise=False)[method]
-  image = jax.random.normal(jax.random.PRNGKey(1), (3, *SHAPE))
-  known = control.inpainting(method.sde, image, jnp.ones(SHAPE).at[:, 1].set(0))
-  x = draw(method, correlated_score(method.sde, covariance(0.6)), known, count=3)
-  np.testing.assert_array_equal(x[:, :, 0], image[:, :, 0])
-  assert np.abs(x[:, :, 1] - image[:, :, 1]).min() > 0
+  known = control.inpainting(SDES[0], IMAGES, MASK)
+  x = draw_three(method, SDES[0], known, denoise=False)
+  np.testing.assert_array_equal(x[:, :, 0], IMAGES[:, :, 0])
+  assert np.abs(x[:, :, 1] - IMAGES[:, :, 1]).min() > 0
 
 
 class Zero(nn.Module):
@@ -287,39 +305,27 @@ def test_the_inpainter_of_2021_leaves_noise_on_known_pixels_only_without_denoisi
   sde = sde_lib.VESDE(sigma_max=1.0, N=2)
   none = sampling.NonePredictor, sampling.NoneCorrector
   inpainter = control.get_pc_inpainter(sde, Zero(), *none, lambda x: x, 0.1, denoise=denoise)
-  image = jax.random.normal(jax.random.PRNGKey(1), (3, *SHAPE))
-  mask = jnp.ones(SHAPE).at[:, 1].set(0)
-  x = inpainter(jax.random.PRNGKey(0), State(0, {}, {}, None, {}), image, mask)
-  error = np.abs(x - image)[:, :, 0]
+  x = inpainter(jax.random.PRNGKey(0), State(0, {}, {}, None, {}), IMAGES, MASK)
+  error = np.abs(x - IMAGES)[:, :, 0]
   sigma = float(sde.sigma(1e-5))
   assert error.max() < 5 * sigma
   assert (error.max() == 0) == denoise
 
 
 def test_colorization_and_super_resolution_keep_what_is_given_and_use_nothing_else():
-  method = small_methods(SDES[1])['pc']
-  score_fn = correlated_score(SDES[1], covariance(0.6))
-  image = jax.random.normal(jax.random.PRNGKey(1), (3, *SHAPE))
-  gray = jnp.broadcast_to(image.mean(-1, keepdims=True), image.shape)
-  coarse = jnp.broadcast_to(image.mean((1, 2), keepdims=True), image.shape)
+  def colorize(images):
+    return draw_three('pc', SDES[1], control.colorization(SDES[1], images))
 
-  @jax.jit
-  def colorize(image):
-    condition = control.colorization(method.sde, image)
-    rng = jax.random.PRNGKey(0)
-    return sampling.run(method, score_fn, rng, shape=image.shape, condition=condition)
+  def sharpen(images):
+    return draw_three('pc', SDES[1], control.super_resolution(SDES[1], images, 2))
 
-  @jax.jit
-  def sharpen(image):
-    condition = control.super_resolution(method.sde, image, 2)
-    rng = jax.random.PRNGKey(0)
-    return sampling.run(method, score_fn, rng, shape=image.shape, condition=condition)
-
-  x = colorize(image)
-  np.testing.assert_allclose(x.mean(-1), image.mean(-1), atol=1e-5)
+  gray = np.broadcast_to(IMAGES.mean(-1, keepdims=True), IMAGES.shape)
+  coarse = np.broadcast_to(IMAGES.mean((1, 2), keepdims=True), IMAGES.shape)
+  x = colorize(IMAGES)
+  np.testing.assert_allclose(x.mean(-1), IMAGES.mean(-1), atol=1e-5)
   np.testing.assert_allclose(x, colorize(gray), atol=1e-3)
-  x = sharpen(image)
-  np.testing.assert_allclose(x.mean((1, 2)), image.mean((1, 2)), atol=1e-5)
+  x = sharpen(IMAGES)
+  np.testing.assert_allclose(x.mean((1, 2)), IMAGES.mean((1, 2)), atol=1e-5)
   np.testing.assert_allclose(x, sharpen(coarse), atol=1e-3)
 
 

@@ -1,14 +1,20 @@
-"""Whole evaluations through the command line: kills, processes, refusals."""
+"""Whole evaluations: kills, processes, refusals.
+
+Where a process of its own is not what a test is about, the evaluation runs in that of the test,
+which has imported JAX and the network before. The data are few pictures of a folder.
+"""
 
 import json
 import random
 import shutil
 import socket
+import threading
 import time
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import datasets
 import evaluation
@@ -29,25 +35,54 @@ from runtime.rng import stream
 from tests import tiny_config
 from tests.processes import finish, run, start, wait_for
 
-BOTH = ('--config.eval.begin_ckpt=3', '--config.eval.end_ckpt=4')
-ALL = (
-  '--config.eval.enable_bpd=True',
-  '--config.eval.bpd_repeats=2',
-  '--config.eval.enable_sampling=True',
-  '--config.eval.num_samples=150',  # two batches of 64 and a part of a third
-  *BOTH,
-)
+
+@pytest.fixture(scope='module', autouse=True)
+def _compile_quickly(quickly_compiled):
+  """In the processes that are started here as well."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+    yield
+
+
+BATCH, TEST_SIZE = 16, 100  # six batches and a part of a seventh
+BOTH = {'eval.begin_ckpt': 3, 'eval.end_ckpt': 4}
+ALL = {
+  'eval.enable_bpd': True,
+  'eval.bpd_repeats': 2,
+  'eval.enable_sampling': True,
+  'eval.batch_size': BATCH,
+  'eval.num_samples': 38,  # two batches and a part of a third
+  'likelihood.eps': 0.9,  # the fewest network calls
+  'likelihood.ode_solver': 'RK23',
+  **BOTH,
+}
+
+
+def flags(settings):
+  """Settings as a command line has them."""
+  return [f'--config.{name}={value}' for name, value in settings.items()]
+
+
+def configured(settings):
+  """Settings as a call has them."""
+  config = tiny_config.get_config()
+  for name, value in settings.items():
+    section, field = name.split('.')
+    config[section][field] = value
+  return config
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  """Four checkpoints, and the statistics of the test split, which are quick to make."""
+  """Four checkpoints, the data, and the statistics of the test split."""
   workdir = tmp_path_factory.mktemp('trained')
-  run(workdir, '--config.training.snapshot_sampling=False')
-  config = prepare(tiny_config.get_config())
-  config.eval.stats_path = str(workdir / 'stats.npz')
-  config.eval.stats_split = 'test'
-  stats_mode.write_stats(config)
+  with np.load(datasets.ASSETS / 'mnist5k.npz') as digits:
+    for split, count in (('train', 20), ('test', TEST_SIZE)):
+      (workdir / 'pictures' / split).mkdir(parents=True)
+      for i, pixels in enumerate(digits[f'{split}_images'][:count, ..., 0]):
+        Image.fromarray(pixels).save(workdir / 'pictures' / split / f'{i:03d}.png')
+  run_lib.train(configured(data(workdir) | {'training.snapshot_sampling': False}), workdir)
+  stats_mode.write_stats(prepare(configured(stats(workdir))))
   return workdir
 
 
@@ -58,15 +93,21 @@ def workdir(trained, tmp_path):
   return tmp_path / 'run'
 
 
+def data(trained):
+  return {'data.dataset': 'ImageFolder', 'data.path': f'{trained}/pictures'}
+
+
 def stats(trained):
-  return f'--config.eval.stats_path={trained}/stats.npz', '--config.eval.stats_split=test'
+  """The data and their statistics."""
+  of_data = {'eval.stats_path': f'{trained}/stats.npz', 'eval.stats_split': 'test'}
+  return data(trained) | of_data
 
 
 @pytest.fixture(scope='module')
 def uninterrupted(trained, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('uninterrupted') / 'run'
   shutil.copytree(trained, workdir)
-  run(workdir, *ALL, *stats(trained), mode='eval')
+  run(workdir, *flags(ALL | stats(trained)), mode='eval')
   return workdir / 'eval'
 
 
@@ -98,31 +139,35 @@ def test_evaluation_leaves_the_documented_files(uninterrupted):
   expected = {'report.json', 'report.csv', 'meta.json', 'stdout.txt', '.lock'}
   for n in (3, 4):
     expected |= {f'ckpt_{n}_loss.npz', f'report_{n}.npz'}
-    expected |= {f'test_ckpt_{n}_bpd_{r}.npz' for r in range(16)}
+    expected |= {f'test_ckpt_{n}_bpd_{r}.npz' for r in range(14)}
     for r in range(3):
       expected |= {f'ckpt_{n}_host_0/{kind}_{r}.npz' for kind in ('samples', 'statistics')}
   assert names == expected
   samples = [np.load(uninterrupted / f'ckpt_4_host_0/samples_{r}.npz')['samples'] for r in range(3)]
-  assert [len(part) for part in samples] == [64, 64, 22]
+  assert [len(part) for part in samples] == [16, 16, 6]
   entry = report(uninterrupted)['4']
   assert entry['step'] == 40
-  assert entry['reference'] == 'MNIST5K/test/500'
-  assert np.isfinite([entry['loss'], entry['fid_tiny_150'], entry['kid_tiny_150']]).all()
+  assert entry['reference'] == f'ImageFolder:pictures/test/{TEST_SIZE}'
+  assert np.isfinite([entry['loss'], entry['fid_tiny_38'], entry['kid_tiny_38']]).all()
   header, *rows = (uninterrupted / 'report.csv').read_text().splitlines()
-  assert header.startswith('checkpoint,step,loss,bpd_test,fid_tiny_150')
+  assert header.startswith('checkpoint,step,loss,bpd_test,fid_tiny_38')
   assert [row.split(',')[:2] for row in rows] == [['3', '30'], ['4', '40']]
 
 
 def restored(workdir, number):
   """The configuration, SDE, network and state of a checkpoint."""
-  config = prepare(tiny_config.get_config())
+  config = prepare(configured(ALL | data(workdir)))
   model, like = train_state.abstract_state(config)
   with CheckpointDirectory(workdir / 'checkpoints') as directory:
     return config, sde_lib.get_sde(config), model, directory.restore(number, like)
 
 
+def images_of(source):
+  return np.stack([source[i]['image'] for i in range(len(source))])
+
+
 def test_the_loss_counts_every_test_image_once(trained, uninterrupted):
-  """500 images in batches of 64, the last of 52; from the random numbers of each one's place."""
+  """The last batch is smaller; and from the random numbers of each one's place."""
   config, sde, model, state = restored(trained, 4)
   _, dataset, _ = datasets.get_dataset(config, evaluation=True)
   step_fn = losses.build_step_fn(config, sde, model, train=False)
@@ -133,16 +178,17 @@ def test_the_loss_counts_every_test_image_once(trained, uninterrupted):
     data_rng, step_rng = jax.random.split(rng)
     return step_fn((step_rng, state), {'image': dataset.preprocess(data_rng, images)})[1]
 
+  images = images_of(dataset.source)
   total = sum(
     len(part) * float(loss(jax.random.fold_in(root, i), part))
-    for i, part in enumerate(np.split(dataset.source.images, range(64, 500, 64)))
+    for i, part in enumerate(np.split(images, range(BATCH, TEST_SIZE, BATCH)))
   )
-  np.testing.assert_allclose(report(uninterrupted)['4']['loss'], total / 500, rtol=1e-5)
+  np.testing.assert_allclose(report(uninterrupted)['4']['loss'], total / TEST_SIZE, rtol=1e-5)
 
 
 def test_bits_per_dim_are_a_mean_over_each_test_image_twice(trained, uninterrupted):
-  bpd = [np.load(uninterrupted / f'test_ckpt_4_bpd_{r}.npz')['bpd'] for r in range(16)]
-  assert [len(part) for part in bpd] == 2 * ([64] * 7 + [52])
+  bpd = [np.load(uninterrupted / f'test_ckpt_4_bpd_{r}.npz')['bpd'] for r in range(14)]
+  assert [len(part) for part in bpd] == 2 * ([16] * 6 + [4])
   mean = np.concatenate(bpd).mean(dtype=np.float64)
   np.testing.assert_allclose(report(uninterrupted)['4']['bpd_test'], mean, rtol=1e-9)
 
@@ -150,8 +196,8 @@ def test_bits_per_dim_are_a_mean_over_each_test_image_twice(trained, uninterrupt
   inverse_scaler = datasets.get_data_inverse_scaler(config)
   likelihood_fn = likelihood.from_config(config, sde, model, inverse_scaler=inverse_scaler)
   root = jax.random.fold_in(stream(config.seed, 'bpd'), 40)
-  images = datasets.get_source(config, 'test').images
-  expected, _, _ = likelihood_fn(jax.random.fold_in(root, 9), state, images[64:128])
+  images = images_of(datasets.get_source(config, 'test'))
+  expected, _, _ = likelihood_fn(jax.random.fold_in(root, 9), state, images[32:48])
   np.testing.assert_allclose(bpd[9], expected, rtol=1e-5)
 
 
@@ -159,21 +205,20 @@ def test_bits_per_dim_below_zero_come_with_a_warning(trained, tmp_path):
   config, sde, model, _ = restored(trained, 4)
   config.eval.bpd_repeats = 1
   task = evaluations.BitsPerDim(config, tmp_path, sde, model)
-  for r in range(8):
-    np.savez(tmp_path / f'test_ckpt_4_bpd_{r}.npz', bpd=np.full(64, 0.5 - (r == 0) * 6.5))
+  for r in range(7):
+    np.savez(tmp_path / f'test_ckpt_4_bpd_{r}.npz', bpd=np.full(16, 0.5 - (r == 0) * 5.6875))
   numbers = task.numbers(4)
   np.testing.assert_allclose(numbers['bpd_test'], -0.3125)
   assert numbers['bpd_warnings'] == [
     '-0.312 bits/dim cannot be: set likelihood.rtol and likelihood.atol lower.'
   ]
-  np.savez(tmp_path / 'test_ckpt_4_bpd_0.npz', bpd=np.zeros(64))
+  np.savez(tmp_path / 'test_ckpt_4_bpd_0.npz', bpd=np.zeros(16))
   assert 'bpd_warnings' not in task.numbers(4)
 
 
 def test_samples_are_those_of_the_configured_sampler(trained, uninterrupted):
   """The numbers of the report belong to the samples beside it."""
-  config = prepare(tiny_config.get_config())
-  config.eval.stats_path, config.eval.stats_split = str(trained / 'stats.npz'), 'test'
+  config = prepare(configured(stats(trained)))
   extractor = evaluation.get_extractor(config)
   of_data = evaluation.load_dataset_stats(config, extractor)
   samples = [np.load(uninterrupted / f'ckpt_4_host_0/samples_{r}.npz')['samples'] for r in range(3)]
@@ -184,9 +229,9 @@ def test_samples_are_those_of_the_configured_sampler(trained, uninterrupted):
     np.testing.assert_allclose(entry[name], value, rtol=1e-4, atol=1e-7)
 
 
-def kill_after(workdir, files, *overrides, delay=0.0):
+def kill_after(workdir, files, settings, delay=0.0):
   """kill -9 as soon as the evaluation has written `files` files."""
-  process = start(workdir, *overrides, mode='eval')
+  process = start(workdir, *flags(settings), mode='eval')
   folder = workdir / 'eval'
   wait_for(lambda: len(list(folder.rglob('*.npz'))) >= files, process)
   time.sleep(delay)
@@ -204,23 +249,23 @@ def test_killed_between_two_files_of_a_round_it_ends_in_the_same_report(
   folder = workdir / 'eval'
   for name in ('report.json', 'report_3.npz', 'report_4.npz', 'ckpt_4_loss.npz'):
     (folder / name).unlink()
-  for r in range(10, 16):
+  for r in range(10, 14):
     (folder / f'test_ckpt_3_bpd_{r}.npz').unlink()
   (folder / 'ckpt_4_host_0/statistics_1.npz').unlink()
   (folder / 'ckpt_4_host_0/statistics_2.npz').unlink()
   (folder / 'ckpt_4_host_0/samples_2.npz').rename(folder / 'ckpt_4_host_0/.samples_2.npz-abc')
-  run(workdir, *ALL, *stats(trained), mode='eval')
+  run_lib.evaluate(configured(ALL | stats(trained)), workdir)
   (folder / 'ckpt_4_host_0/.samples_2.npz-abc').unlink()
   assert_same_evaluation(folder, uninterrupted)
 
 
 @pytest.mark.slow
-def test_killed_at_five_random_moments_it_ends_in_the_same_report(trained, uninterrupted, workdir):
+def test_killed_at_two_random_moments_it_ends_in_the_same_report(trained, uninterrupted, workdir):
   rng = random.Random(0)
   written = len(list(uninterrupted.rglob('*.npz')))
-  for files in sorted(rng.sample(range(1, written), 5)):
-    kill_after(workdir, files, *ALL, *stats(trained), delay=rng.uniform(0, 0.05))
-  run(workdir, *ALL, *stats(trained), mode='eval')
+  for files in sorted(rng.sample(range(1, written), 2)):
+    kill_after(workdir, files, ALL | stats(trained), delay=rng.uniform(0, 0.05))
+  run_lib.evaluate(configured(ALL | stats(trained)), workdir)
   assert_same_evaluation(workdir / 'eval', uninterrupted)
 
 
@@ -243,7 +288,7 @@ def test_two_processes_share_the_work_and_give_the_report_of_one(trained, uninte
     port = probe.getsockname()[1]
   options = (f'--coordinator=127.0.0.1:{port}', '--num_processes=2')
   group = [
-    start(workdir, *ALL, *stats(trained), *options, f'--process_id={i}', mode='eval')
+    start(workdir, *flags(ALL | stats(trained)), *options, f'--process_id={i}', mode='eval')
     for i in range(2)
   ]
   try:
@@ -257,17 +302,16 @@ def test_two_processes_share_the_work_and_give_the_report_of_one(trained, uninte
 
 @pytest.mark.slow
 def test_eight_devices_give_the_report_of_one(trained, uninterrupted, workdir):
-  run(workdir, *ALL, *stats(trained), mode='eval', devices=8)
+  run(workdir, *flags(ALL | stats(trained)), mode='eval', devices=8)
   assert_close_evaluation(workdir / 'eval', uninterrupted)
 
 
 def refusal(workdir, monkeypatch, message, folder='eval', **settings):
   """Asserts that the evaluation is refused, and before anything is drawn."""
-  config = tiny_config.get_config()
+  config = configured(stats(workdir))
   config.eval.begin_ckpt = config.eval.end_ckpt = 4
   config.eval.enable_sampling = True
   config.eval.num_samples = 100
-  config.eval.stats_path, config.eval.stats_split = str(workdir / 'stats.npz'), 'test'
   for key, value in settings.items():
     section, name = key.split('__')
     config[section][name] = value
@@ -324,26 +368,20 @@ def test_what_cannot_be_evaluated_is_refused_before_sampling(workdir, monkeypatc
 
 def test_results_of_other_settings_or_checkpoints_are_not_mixed(uninterrupted, monkeypatch):
   workdir = uninterrupted.parent
-  config = tiny_config.get_config()
-  config.eval.begin_ckpt = config.eval.end_ckpt = 4
+  config = configured(ALL | stats(workdir))
   config.eval.batch_size = 32
-  with pytest.raises(UserError, match=r'eval.batch_size \(was 64, is 32\).*--eval_folder'):
+  with pytest.raises(UserError, match=r'eval.batch_size \(was 16, is 32\).*--eval_folder'):
     run_lib.evaluate(config, workdir)
-  config.eval.batch_size = 64
+  config.eval.batch_size = BATCH
   with monkeypatch.context() as patch:
     patch.setattr(CheckpointReader, 'identity', lambda self, number: 'another')
-    with pytest.raises(UserError, match='another checkpoint 4, of step 40'):
+    with pytest.raises(UserError, match='another checkpoint 3, of step 30'):
       run_lib.evaluate(config, workdir)
 
 
 def evaluated(workdir, monkeypatch, **settings):
   """Evaluates checkpoint 4 again with other settings; what is computed fails."""
-  config = tiny_config.get_config()
-  config.eval.begin_ckpt = config.eval.end_ckpt = 4
-  config.eval.enable_bpd = config.eval.enable_sampling = True
-  config.eval.bpd_repeats = 2
-  config.eval.num_samples = 150
-  config.eval.stats_path, config.eval.stats_split = str(workdir / 'stats.npz'), 'test'
+  config = configured(ALL | stats(workdir) | {'eval.begin_ckpt': 4})
   for key, value in settings.items():
     section, name = key.split('__')
     config[section][name] = value
@@ -374,7 +412,7 @@ def test_only_settings_that_the_numbers_depend_on_must_stay(uninterrupted, monke
     ('sampling__snr', 0.2, r'sampling.snr \(was 0.16, is 0.2\)'),
     ('sampling__n_steps', 1, r'sampling.n_steps \(was 0, is 1\)'),
     ('sampling__per_image_seeds', True, r'sampling.per_image_seeds \(was False, is True\)'),
-    ('eval__num_samples', 100, r'eval.num_samples \(was 150, is 100\)'),
+    ('eval__num_samples', 100, r'eval.num_samples \(was 38, is 100\)'),
     ('sampling__method', 'ddim', r"settings: sampling.method \(was 'pc', is 'ddim'\); set"),
   ):
     with pytest.raises(UserError, match=message):
@@ -388,7 +426,7 @@ def test_an_evaluation_that_recorded_all_settings_of_sampling_continues(
   workdir = tmp_path / 'run'
   shutil.copytree(uninterrupted.parent, workdir)
   meta = json.loads((workdir / 'eval/meta.json').read_text())
-  flat = configuration.flatten(prepare(tiny_config.get_config()))
+  flat = configuration.flatten(prepare(configured(ALL | data(workdir))))
   sampling_settings = {key: value for key, value in flat.items() if key.startswith('sampling.')}
   meta['settings']['sampling'] |= sampling_settings
   (workdir / 'eval/meta.json').write_text(json.dumps(meta))
@@ -404,7 +442,7 @@ DAMAGES = {
 }
 
 
-def test_damaged_files_of_results_are_computed_again(trained, uninterrupted, tmp_path):
+def test_damaged_files_of_results_are_computed_again(trained, uninterrupted, tmp_path, caplog):
   """With a warning, and only these: the others are not written again."""
   workdir = tmp_path / 'run'
   shutil.copytree(uninterrupted.parent, workdir)
@@ -413,7 +451,7 @@ def test_damaged_files_of_results_are_computed_again(trained, uninterrupted, tmp
     'ckpt_3_loss.npz': 'empty',
     'test_ckpt_3_bpd_2.npz': 'half',
     'test_ckpt_3_bpd_9.npz': 'empty',
-    'test_ckpt_4_bpd_15.npz': 'a hole',
+    'test_ckpt_4_bpd_13.npz': 'a hole',
     'ckpt_3_host_0/samples_1.npz': 'a hole',
     'ckpt_3_host_0/statistics_1.npz': 'half',
     'report_3.npz': 'empty',
@@ -424,10 +462,9 @@ def test_damaged_files_of_results_are_computed_again(trained, uninterrupted, tmp
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(DAMAGES[damage](data))
   times = {path: path.stat().st_mtime_ns for path in folder.rglob('*.npz')}
-  run(workdir, *ALL, *stats(trained), mode='eval')
-  log = (folder / 'stdout.txt').read_text()
+  run_lib.evaluate(configured(ALL | stats(trained)), workdir)
   for name in damaged.keys() - {'report.json'}:
-    assert f'{folder / name} was damaged; its results have been computed again' in log
+    assert f'{folder / name} was damaged; its results have been computed again' in caplog.text
   rewritten = {path for path in times if path.stat().st_mtime_ns != times[path]}
   assert rewritten == {folder / name for name in damaged if name.endswith('.npz')}
   assert report(folder) == report(uninterrupted)
@@ -467,7 +504,7 @@ def test_samples_that_are_not_finite_stop_it_before_they_are_written(workdir, mo
   def broken(config, sde, model, shape, inverse_scaler):
     return lambda rng, state: (jax.numpy.full(shape, np.nan), 1)
 
-  config = tiny_config.get_config()
+  config = configured(data(workdir))
   config.eval.begin_ckpt = config.eval.end_ckpt = 4
   config.eval.enable_sampling, config.eval.enable_loss = True, False
   config.eval.extractor = 'none'
@@ -479,28 +516,37 @@ def test_samples_that_are_not_finite_stop_it_before_they_are_written(workdir, mo
 
 
 @pytest.mark.slow
-def test_it_waits_for_a_checkpoint_that_is_still_to_come(workdir):
+def test_it_waits_for_a_checkpoint_that_is_still_to_come(workdir, caplog):
+  caplog.set_level('INFO')
   saved = workdir / 'checkpoints' / 'checkpoint_4'
   saved.rename(workdir / 'later')
-  overrides = ('--config.eval.wait_seconds=60', *BOTH)
-  process = start(workdir, *overrides, mode='eval')
-  log = workdir / 'eval' / 'stdout.txt'
-  wait_for(lambda: log.exists() and 'for checkpoint 4' in log.read_text(), process)
-  (workdir / 'later').rename(saved)
-  finish(process)
+  announced = threading.Event()
+
+  def save_when_waited_for():
+    deadline = time.monotonic() + 50
+    while 'for checkpoint 4' not in caplog.text and time.monotonic() < deadline:
+      time.sleep(0.01)
+    if 'for checkpoint 4' in caplog.text:
+      announced.set()
+    (workdir / 'later').rename(saved)
+
+  training = threading.Thread(target=save_when_waited_for)
+  training.start()
+  run_lib.evaluate(configured(BOTH | data(workdir) | {'eval.wait_seconds': 60}), workdir)
+  training.join()
+  assert announced.is_set()
   assert set(report(workdir / 'eval')) == {'3', '4'}
 
 
 def test_without_an_extractor_samples_are_only_drawn(workdir):
-  run(
-    workdir,
-    '--config.eval.extractor=none',
-    '--config.eval.enable_sampling=True',
-    '--config.eval.enable_loss=False',
-    '--config.eval.num_samples=70',
-    '--config.eval.begin_ckpt=4',
-    mode='eval',
-  )
+  settings = {
+    'eval.extractor': 'none',
+    'eval.enable_sampling': True,
+    'eval.enable_loss': False,
+    'eval.num_samples': 70,
+    'eval.begin_ckpt': 4,
+  }
+  run_lib.evaluate(configured(data(workdir) | settings), workdir)
   assert not list((workdir / 'eval').glob('report_*'))
   samples = [np.load(path)['samples'] for path in workdir.glob('eval/ckpt_4_host_0/samples_*')]
   assert sorted(map(len, samples)) == [6, 64]

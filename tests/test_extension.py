@@ -1,5 +1,7 @@
 """A user's SDE, predictor, corrector, network and data set work everywhere by registering."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,8 @@ from configs.vp import mnist_ddpmpp_continuous
 from modes.preparation import prepare
 from runtime.registry import Registry
 from tests.exact_scores import ConstantBetaSDE, gaussian_score
+
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
 
 @sampling.register_predictor(name='heun_like')
@@ -90,24 +94,47 @@ def test_loss_optimizer_data_and_sampler_work_with_everything_replaced(config):
   np.testing.assert_allclose(samples.std(), 0.3, rtol=0.05)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('predictor', sampling._PREDICTORS.names())
-@pytest.mark.parametrize('corrector', sampling._CORRECTORS.names())
-@pytest.mark.parametrize('sde', ['vpsde', 'subvpsde', 'vesde', 'constant_beta'])
-def test_every_pair_of_solvers_runs_under_every_sde(sde, predictor, corrector, config):
+def one_of(base, classes, index):
+  """Stands for one of several predictors or correctors, which `index` chooses at run time."""
+
+  class Chosen(base):
+    def __init__(self, *arguments):
+      self.updates = [cls(*arguments).update_fn for cls in classes]
+
+    def update_fn(self, rng, x, t):
+      return jax.lax.switch(index, self.updates, rng, x, t)
+
+  return Chosen
+
+
+BUILT_IN = ('vpsde', 'subvpsde', 'vesde')
+SDES = ['constant_beta', *(pytest.param(s, marks=pytest.mark.slow) for s in BUILT_IN)]
+
+
+@pytest.mark.parametrize('sde', SDES)
+def test_every_pair_of_solvers_runs_under_every_sde(sde, config):
+  """All pairs in one program, of which each call runs one."""
   config.training.sde = sde
   config.model.num_scales = 30
   sde = sde_lib.get_sde(config)
-  method = sampling.PredictorCorrector(
-    sde,
-    sampling.get_predictor(predictor),
-    sampling.get_corrector(corrector),
-    snr=0.1,
-    n_corrector_steps=2,
-    eps=sde.sampling_eps,
-  )
-  x = sampling.run(method, gaussian_score(sde), jax.random.PRNGKey(0), shape=(8, 2, 2, 1))
-  assert np.isfinite(x).all()
+  predictors, correctors = sampling._PREDICTORS.names(), sampling._CORRECTORS.names()
+
+  @jax.jit
+  def sample(i, j):
+    method = sampling.PredictorCorrector(
+      sde,
+      one_of(sampling.Predictor, [sampling.get_predictor(name) for name in predictors], i),
+      one_of(sampling.Corrector, [sampling.get_corrector(name) for name in correctors], j),
+      snr=0.1,
+      n_corrector_steps=2,
+      eps=sde.sampling_eps,
+    )
+    return sampling.run(method, gaussian_score(sde), jax.random.PRNGKey(0), shape=(8, 2, 2, 1))
+
+  assert {'heun_like', 'ancestral_sampling', 'none'} <= set(predictors)
+  assert {'small_step', 'langevin', 'ald', 'none'} <= set(correctors)
+  for i, j in itertools.product(range(len(predictors)), range(len(correctors))):
+    assert np.isfinite(sample(i, j)).all(), f'{predictors[i]} and {correctors[j]}'
 
 
 def test_a_taken_name_is_refused():

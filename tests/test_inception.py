@@ -7,24 +7,11 @@ import numpy as np
 import pytest
 
 from models import inception
-from tests.golden.fill import fill_inception
 from tests.golden_values import assert_close, load
+from tests.inception_weights import params, state_dict
 
 
-@functools.cache
-def state_dict():
-  recorded = load('inception')
-  shapes = (tuple(map(int, shape.strip('[]').split(','))) for shape in recorded['param_shapes'])
-  names = map(str, recorded['param_names'])
-  return {n: fill_inception(n, s) for n, s in zip(names, shapes, strict=True)}
-
-
-@functools.cache
-def params():
-  return inception.params_from_torch(state_dict())
-
-
-@pytest.mark.parametrize('images', ['32', 'wide'])
+@pytest.mark.parametrize('images', ['32', pytest.param('wide', marks=pytest.mark.slow)])
 def test_features_and_logits_are_the_recorded_ones(images):
   recorded = load('inception')
   forward = jax.jit(functools.partial(inception.forward, scaling='ttur'))

@@ -13,6 +13,7 @@ from runtime.errors import UserError
 from samplers import latents, ode_solver
 from sde_lib import batch_mul
 from tests import golden_values as golden
+from tests.compilation import optimized
 from tests.exact_scores import (
   ConstantBetaSDE,
   GaussianNetwork,
@@ -24,9 +25,11 @@ from tests.exact_scores import (
 )
 from train_state import State
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 SDES = [
   sde_lib.VPSDE(),
-  ConstantBetaSDE(),  # a user's
+  pytest.param(ConstantBetaSDE(), marks=pytest.mark.slow),  # a user's
   pytest.param(sde_lib.subVPSDE(), marks=pytest.mark.slow),
   pytest.param(sde_lib.VESDE(), marks=pytest.mark.slow),
 ]
@@ -35,6 +38,7 @@ by_name = pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name_
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', golden.CONTINUOUS)
+@optimized()
 def test_bits_per_dimension_and_codes_agree_with_recorded_ones(name, recorded_random_bits):
   recorded, _, config, sde, model, state = golden.sampling_setup(name)
   likelihood_fn = likelihood.get_likelihood_fn(sde, model, datasets.get_data_inverse_scaler(config))
@@ -92,7 +96,9 @@ def test_ode_samples_of_a_mixture_have_its_moments_and_density(sde, points):
   np.testing.assert_allclose(decode(encode(points)), points, atol=1e-3)
 
 
-@by_name
+@pytest.mark.parametrize(
+  'sde', [ConstantBetaSDE(), *SDES[:1], *SDES[2:]], ids=lambda sde: type(sde).__name__
+)
 def test_ode_samples_of_a_gaussian_equal_the_closed_form(sde):
   mean, std, eps = 0.3, 0.5, 1e-3
   method = sampling.ODESampler(sde, eps=eps)
@@ -204,7 +210,7 @@ def test_bad_settings_are_refused(arguments, message):
     likelihood.get_likelihood_fn(*tiny_gaussian()[:2], lambda x: x, **arguments)
 
 
-@pytest.mark.parametrize('name', ['exact', 'Rademacher'])
+@pytest.mark.parametrize('name', ['exact', pytest.param('Rademacher', marks=pytest.mark.slow)])
 def test_the_case_of_the_divergence_does_not_matter(name):
   sde, model, state = tiny_gaussian()
   x = 0.3 * jax.random.normal(jax.random.PRNGKey(0), (2, 2, 2, 1))

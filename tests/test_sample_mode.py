@@ -1,5 +1,6 @@
 """Running samplers: chunks, watching, keys per image, devices, and `--mode=sample`."""
 
+import functools
 import json
 import os
 import subprocess
@@ -23,6 +24,8 @@ from tests import tiny_config
 from tests.exact_scores import ConvolutionalGaussianNetwork
 from train_state import State
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 METHODS = {
   'pc': {'predictor': 'reverse_diffusion', 'corrector': 'langevin'},
   'ode': {'rtol': 1e-6, 'atol': 1e-6},
@@ -36,7 +39,9 @@ SHAPE = (8, 4, 4, 1)
 NETWORK = ConvolutionalGaussianNetwork(sde_lib.VPSDE())
 
 
-def sampler_of(method, **options):
+@functools.cache
+def sampler_of(method, steps_per_call=1):
+  """Compiled once for all tests."""
   config = tiny_config.get_config()
   config.model.num_scales = 30
   config.sampling.method = method
@@ -45,7 +50,7 @@ def sampler_of(method, **options):
   config = prepare(config)
   method = sampling.get_sampler(config, sde)
   return sampling.compile_sampler(
-    method, sde, NETWORK, shape=SHAPE, inverse_scaler=lambda x: x, **options
+    method, sde, NETWORK, shape=SHAPE, inverse_scaler=lambda x: x, steps_per_call=steps_per_call
   )
 
 
@@ -60,7 +65,7 @@ def state():
 )
 def test_steps_in_one_call_or_many_give_the_same_samples(method, state):
   rng = jax.random.PRNGKey(1)
-  one, nfe = sampler_of(method, steps_per_call=1)(rng, state)
+  one, nfe = sampler_of(method)(rng, state)
   many, nfe_many = sampler_of(method, steps_per_call=4)(rng, state)
   np.testing.assert_allclose(many, one, atol=1e-5)
   assert nfe == nfe_many
@@ -113,7 +118,11 @@ def draws():
 
 @pytest.mark.slow
 def test_samples_are_the_same_on_one_and_eight_devices(tmp_path):
-  flags = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+  flags = {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+  }
   code = (
     'import sys, jax, numpy as np\n'
     'from tests.test_sample_mode import draws\n'

@@ -10,7 +10,10 @@ import sampling
 from runtime.errors import UserError
 from sde_lib import VESDE, VPSDE, subVPSDE
 from tests import golden_values as golden
+from tests.compilation import optimized
 from tests.exact_scores import RECORDED_SDES, gaussian_score, recorded_score
+
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
 
 def _recorded_updates(name):
@@ -63,6 +66,7 @@ def test_pc_samplers_agree_with_recorded_samples(name, recorded_random_bits):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', golden.CONTINUOUS)
+@optimized()
 def test_ode_samplers_agree_with_recorded_samples(name):
   recorded, settings, config, sde, model, state = golden.sampling_setup(name)
 
@@ -125,8 +129,13 @@ CONVERGING = [
 ]
 
 
+# Quickly, one of each predictor, and each SDE.
+IN_QUICK = (CONVERGING[1], CONVERGING[6], CONVERGING[7])
+MARKED = [pytest.param(*c, marks=() if c in IN_QUICK else pytest.mark.slow) for c in CONVERGING]
+
+
 @pytest.mark.parametrize(
-  ('sde', 'name', 'flow'), CONVERGING, ids=lambda v: getattr(v, '__name__', str(v))
+  ('sde', 'name', 'flow'), MARKED, ids=lambda v: getattr(v, '__name__', str(v))
 )
 def test_predictors_converge_at_first_order_to_an_exact_gaussian(sde, name, flow):
   """Order 1 in N, to a limit that the end time and the prior keep from the data by at most 0.005.
@@ -147,8 +156,13 @@ def test_predictors_converge_at_first_order_to_an_exact_gaussian(sde, name, flow
   assert 0.75 < order < 1.25
 
 
-@pytest.mark.parametrize('corrector', ['langevin', 'ald'])
-@pytest.mark.parametrize('sde', [VPSDE(N=200), subVPSDE(N=200), VESDE(N=200)], ids=type)
+@pytest.mark.parametrize('corrector', ['langevin', pytest.param('ald', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'sde',
+  [VPSDE(N=200), *(pytest.param(sde(N=200), marks=pytest.mark.slow) for sde in (subVPSDE, VESDE))],
+  ids=type,
+)
+@optimized()
 def test_pc_sampling_of_an_exact_gaussian_has_its_mean_and_variance(sde, corrector):
   """64 x 1024 samples: the standard error of the mean is 0.002, of the deviation 0.0014."""
   method = sampling.PredictorCorrector(

@@ -165,6 +165,9 @@ ALIKE = (  # those that run the code of another one
   'continuous loss',
   'loss with dropout',
   'init_model',
+  'run',
+  'pc, a key per image',
+  'likelihood_fn',
 )
 
 
