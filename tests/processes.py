@@ -22,15 +22,20 @@ def command(workdir, *overrides, mode='train'):
   ]
 
 
-def start(workdir, *overrides, devices=1, mode='train'):
-  environment = os.environ | {
+def environment(devices=1):
+  """Of a process that compiles quickly, as its programs run for less time than that takes."""
+  return os.environ | {
     'JAX_PLATFORMS': 'cpu',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
   }
+
+
+def start(workdir, *overrides, devices=1, mode='train'):
   return subprocess.Popen(
     command(workdir, *overrides, mode=mode),
     cwd=ROOT,
-    env=environment,
+    env=environment(devices),
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

@@ -24,6 +24,8 @@ from tests.tiny_config import TinyClassifier
 SDES = [sde_lib.VESDE(N=10), sde_lib.VPSDE(N=30), sde_lib.subVPSDE(N=30)]
 CENTERED = [False, True]
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 
 @datasets.register_dataset(name='HALVES')
 def halves(config, split, *, num_labels=2):
@@ -92,7 +94,7 @@ def test_continued_training_ends_in_the_same_bits(trained, tmp_path):
 
 @pytest.mark.slow
 def test_killed_run_ends_in_the_same_file(tmp_path):
-  overrides = ['n_iters=20', 'blocks_per_group=1', 'batch_size=16', 'embedding_size=4']
+  overrides = ['name=tiny', 'n_iters=60', 'batch_size=16']
   overrides = [f'--config.classifier.{override}' for override in overrides]
   run = lambda workdir: processes.start(workdir, *overrides, mode='train_classifier', devices=2)
   processes.finish(run(tmp_path / 'whole'))

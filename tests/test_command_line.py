@@ -1,25 +1,23 @@
 """The command line as people write it: every mistake is a sentence, and nothing is lost."""
 
-import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from tests.processes import CONFIG, ROOT, run
-
-ENVIRONMENT = os.environ | {
-  'JAX_PLATFORMS': 'cpu',
-  'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
-}
+import run_lib
+from runtime.errors import UserError
+from tests import tiny_config
+from tests.processes import CONFIG, ROOT, environment
 
 
-def main(*arguments, **environment):
+def main(*arguments, **variables):
   """Exit code and output of main.py."""
   process = subprocess.run(
     [sys.executable, 'main.py', *map(str, arguments)],
     cwd=ROOT,
-    env=ENVIRONMENT | environment,
+    env=environment() | variables,
     capture_output=True,
     text=True,
     timeout=300,
@@ -32,17 +30,22 @@ def main(*arguments, **environment):
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('run')
-  run(workdir, '--config.training.n_iters=10', '--config.training.snapshot_sampling=False')
+  config = tiny_config.get_config()
+  config.training.update(n_iters=1, snapshot_sampling=False)
+  run_lib.train(config, workdir)
   return workdir
 
 
+# It imports neither JAX nor a network, so that a mistake in the flags is answered at once.
+LIGHT = 'configs/vp/mnist_ddpmpp_continuous.py'
+
 MISTAKES = {
   'an unknown override after a path with a space': (
-    ['--config', CONFIG, '--config.training.bach_size=3'],
+    ['--config', LIGHT, '--config.training.bach_size=3'],
     "Unknown config.training key 'bach_size': choose one of batch_size",
   ),
   'an override of a value as if it were a section': (
-    [f'--config={CONFIG}', '--config.seed.x=3'],
+    [f'--config={LIGHT}', '--config.seed.x=3'],
     '--config.seed.x: config.seed is a value, not a section',
   ),
   'a configuration that does not exist': (['--config', 'nothing.py'], 'nothing.py does not exist'),
@@ -55,7 +58,7 @@ MISTAKES = {
     'has no function get_config()',
   ),
   'a flag file that does not exist': (['--flagfile=nothing.txt'], 'nothing.txt'),
-  'an empty directory': ([f'--config={CONFIG}', '--workdir='], '--workdir must name a directory'),
+  'an empty directory': ([f'--config={LIGHT}', '--workdir='], '--workdir must name a directory'),
   'processes without numbers': (
     [f'--config={CONFIG}', '--coordinator=127.0.0.1:1', '--num_processes=2'],
     'give all three',
@@ -74,21 +77,21 @@ def test_mistake_is_a_sentence(case, tmp_path):
 
 def test_unknown_override_in_a_flag_file_is_a_sentence(tmp_path):
   path = tmp_path / 'flags.txt'
-  path.write_text(f'--config={CONFIG}\n--config.model.widht=3\n')
+  path.write_text(f'--config={LIGHT}\n--config.model.widht=3\n')
   code, output = main('--mode=train', f'--workdir={tmp_path / "run"}', f'--flagfile={path}')
   assert code != 0
   assert "Unknown config.model key 'widht'" in output
 
 
 def test_configuration_with_an_argument_that_uses_jax_when_loaded_trains(tmp_path):
-  environment = {'XLA_FLAGS': ''}  # main.py makes the devices itself
+  devices = {'XLA_FLAGS': ''}  # main.py makes the devices itself
   arguments = ['--mode=train', f'--workdir={tmp_path}']
   config = '--config=tests/argument_config.py:'
-  one_step = '--config.training.n_iters=1'
-  code, output = main(*arguments, config + 'thin', one_step, **environment)
+  one_step = ['--config.training.n_iters=1', '--config.training.snapshot_sampling=False']
+  code, output = main(*arguments, config + 'thin', *one_step, **devices)
   assert code == 0, output
   assert 'fixes the number of CPU devices at one' in output
-  code, output = main(*arguments, config + 'wide', one_step, **environment)
+  code, output = main(*arguments, config + 'wide', *one_step, **devices)
   assert code == 1
   assert 'model.width (was 4, is 8)' in output
 
@@ -97,14 +100,19 @@ def test_modes_refuse_a_configuration_that_is_not_that_of_the_run(trained):
   """Samples and numbers are those of the run: another SDE or schedule is not taken for it."""
   before = {path: path.stat().st_mtime_ns for path in trained.rglob('*')}
   cases = [
-    ('sample', '--config.training.sde=subvpsde', "training.sde (was 'vpsde', is 'subvpsde')"),
-    ('eval', '--config.model.beta_max=10.0', 'model.beta_max (was 20.0, is 10.0)'),
-    ('export', '--config.model.width=16', 'model.width (was 8, is 16)'),
+    (run_lib.sample, 'training.sde', 'subvpsde', "training.sde (was 'vpsde', is 'subvpsde')"),
+    (run_lib.evaluate, 'model.beta_max', 10.0, 'model.beta_max (was 20.0, is 10.0)'),
+    (run_lib.export_checkpoint, 'model.width', 16, 'model.width (was 8, is 16)'),
   ]
-  for mode, override, message in cases:
-    code, output = main(f'--mode={mode}', f'--config={CONFIG}', f'--workdir={trained}', override)
-    assert code == 1
-    assert message in output
+  for mode, name, value, message in cases:
+    config = tiny_config.get_config()
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(UserError, match=re.escape(message)):
+      mode(config, trained)
+  override = '--config.model.width=16'
+  code, output = main('--mode=export', f'--config={CONFIG}', f'--workdir={trained}', override)
+  assert code == 1
+  assert 'model.width (was 8, is 16)' in output
   assert {path: path.stat().st_mtime_ns for path in trained.rglob('*')} == before
 
 
@@ -120,10 +128,10 @@ def test_double_precision_with_a_run_without_it_is_no_damage(trained):
 @pytest.mark.parametrize('content', ['', '{"training": {', '[1, 2]', '{"a": 1}'])
 def test_damaged_config_json_is_named_and_kept(content, tmp_path):
   (tmp_path / 'config.json').write_text(content)
-  code, output = main('--mode=train', f'--config={CONFIG}', f'--workdir={tmp_path}')
-  assert code == 1
-  assert 'config.json' in output
-  assert 'restore it from a copy, or use another --workdir' in output
+  with pytest.raises(UserError) as error:
+    run_lib.train(tiny_config.get_config(), tmp_path)
+  assert 'config.json' in str(error.value)
+  assert 'restore it from a copy, or use another --workdir' in str(error.value)
   assert [path.name for path in tmp_path.iterdir()] == ['config.json']
   assert (tmp_path / 'config.json').read_text() == content
 
@@ -155,11 +163,12 @@ def test_full_disk_is_a_sentence_and_the_same_command_resumes(tmp_path):
     'runpy.run_path("main.py", run_name="__main__")\n'
   )
   arguments = ['--mode=train', f'--config={CONFIG}', f'--workdir={tmp_path}']
-  arguments += ['--config.training.n_iters=10', '--config.training.snapshot_sampling=False']
+  arguments += ['--config.training.n_iters=5', '--config.training.snapshot_sampling=False']
+  variables = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=0', 'JAX_COMPILATION_CACHE_DIR': ''}
   process = subprocess.run(
     [sys.executable, '-c', limited, *arguments],
     cwd=ROOT,
-    env=ENVIRONMENT | {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=0', 'JAX_COMPILATION_CACHE_DIR': ''},
+    env=environment() | variables,
     capture_output=True,
     text=True,
     timeout=300,
@@ -171,4 +180,4 @@ def test_full_disk_is_a_sentence_and_the_same_command_resumes(tmp_path):
   assert 'File too large' in sentences[0]
   code, output = main(*arguments)
   assert code == 0, output
-  assert 'Training is complete at step 10' in output
+  assert 'Training is complete at step 5' in output

@@ -1,6 +1,5 @@
 """Convolutions and resampling against XLA's own and against their definitions."""
 
-import os
 import subprocess
 import sys
 
@@ -11,6 +10,9 @@ import pytest
 
 from models import convolution
 from models import up_or_down_sampling as resampling
+from tests.processes import ROOT, environment
+
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
 CASES = [  # batch, height, width, in, out, kernel, dilation
   (4, 8, 8, 6, 10, 3, 1),
@@ -21,14 +23,13 @@ CASES = [  # batch, height, width, in, out, kernel, dilation
 ]
 
 
-@pytest.mark.parametrize('case', CASES, ids=str)
-def test_convolution_and_its_gradients_equal_those_of_xla(case, monkeypatch):
+def _assert_equal_to_xla(case):
   batch, height, width, channels, features, size, dilation = case
-  monkeypatch.setattr(convolution, '_PATCH_BYTES', 2 * height * width * size**2 * channels * 4)
-  keys = jax.random.split(jax.random.PRNGKey(0), 3)
-  x = jax.random.normal(keys[0], (batch, height, width, channels))
-  kernel = jax.random.normal(keys[1], (size, size, channels, features))
-  probe = jax.random.normal(keys[2], (batch, height, width, features))
+  rng = np.random.RandomState(0)
+  normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+  x = normal(batch, height, width, channels)
+  kernel = normal(size, size, channels, features)
+  probe = normal(batch, height, width, features)
 
   def run(conv):
     def objective(x, kernel):
@@ -44,19 +45,32 @@ def test_convolution_and_its_gradients_equal_those_of_xla(case, monkeypatch):
 
     return jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))(x, kernel)
 
-  (_, y), grads = run(convolution.conv_general_dilated)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(convolution, '_PATCH_BYTES', 2 * height * width * size**2 * channels * 4)
+    (_, y), grads = run(convolution.conv_general_dilated)
   (_, y_xla), grads_xla = run(jax.lax.conv_general_dilated)
   for actual, expected in zip((y, *grads), (y_xla, *grads_xla), strict=True):
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_convolution_and_its_gradients_equal_those_of_xla(case):
+  _assert_equal_to_xla(case)
+
+
 @pytest.mark.slow
 def test_convolution_and_its_gradients_are_the_same_on_two_devices():
-  test = f'{__file__}::{test_convolution_and_its_gradients_equal_those_of_xla.__name__}'
-  flags = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
-  command = [sys.executable, '-m', 'pytest', '-q', test]
-  result = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
-  assert f'{len(CASES)} passed' in result.stdout, result.stdout
+  code = (
+    'import jax\n'
+    'from tests import test_convolution as tests\n'
+    'for case in tests.CASES:\n'
+    '  tests._assert_equal_to_xla(case)\n'
+    'print("equal on", jax.device_count())\n'
+  )
+  result = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, env=environment(2), capture_output=True, text=True
+  )
+  assert result.stdout == 'equal on 2\n', result.stderr
 
 
 def _upfirdn_by_definition(x, taps, up, down, pad):
@@ -79,18 +93,21 @@ def test_resampling_follows_its_definition_along_each_axis(up, down, pad):
     expected = np.apply_along_axis(
       _upfirdn_by_definition, axis, expected, taps / taps.sum(), up, down, pad
     )
-  actual = resampling.upfirdn_2d(jnp.asarray(x), taps, up=up, down=down, pad=pad)
+  actual = jax.jit(lambda x: resampling.upfirdn_2d(x, taps, up=up, down=down, pad=pad))(x)
   np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
+NAIVE = (resampling.naive_upsample_2d, resampling.naive_downsample_2d)
+FILTERED = (resampling.upsample_2d, resampling.downsample_2d)
+
+
 def test_resampling_by_two_keeps_constants_and_agrees_with_repetition_and_averaging():
-  x = jax.random.normal(jax.random.PRNGKey(0), (2, 8, 8, 3))
-  np.testing.assert_allclose(
-    resampling.naive_upsample_2d(x), x.repeat(2, 1).repeat(2, 2), atol=1e-6
-  )
+  x = np.random.RandomState(0).standard_normal((2, 8, 8, 3)).astype(np.float32)
+  up, down = jax.jit(lambda x: [f(x) for f in NAIVE])(x)
+  np.testing.assert_allclose(up, x.repeat(2, 1).repeat(2, 2), atol=1e-6)
   blocks = x.reshape(2, 4, 2, 4, 2, 3).mean((2, 4))
-  np.testing.assert_allclose(resampling.naive_downsample_2d(x), blocks, atol=1e-6)
+  np.testing.assert_allclose(down, blocks, atol=1e-6)
   inside = np.s_[:, 2:-2, 2:-2]
-  ones = jnp.ones((1, 16, 16, 1))
-  np.testing.assert_allclose(resampling.upsample_2d(ones, (1, 3, 3, 1))[inside], 1, atol=1e-6)
-  np.testing.assert_allclose(resampling.downsample_2d(ones, (1, 3, 3, 1))[inside], 1, atol=1e-6)
+  filtered = jax.jit(lambda x: [f(x, (1, 3, 3, 1)) for f in FILTERED])(np.ones((1, 16, 16, 1)))
+  for constant in filtered:
+    np.testing.assert_allclose(constant[inside], 1, atol=1e-6)

@@ -24,12 +24,8 @@ from modes.preparation import prepare
 from runtime.errors import UserError
 from tests import tiny_config
 from tests.golden_values import assert_close, load
-<<<<<<< main
-from tests.torch_files import write_pth
-=======
 from tests.inception_weights import state_dict
-from tests.test_import import write_pth
->>>>>>> helper
+from tests.torch_files import write_pth
 
 
 @pytest.fixture

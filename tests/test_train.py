@@ -20,6 +20,8 @@ from runtime.rng import stream
 from tests import tiny_config
 from tests.processes import finish, history, run, start, wait_for
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 
 def final_state(workdir):
   _, like = train_state.abstract_state(tiny_config.get_config())
@@ -68,12 +70,11 @@ def test_run_leaves_the_documented_files(uninterrupted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seed', range(3))
-def test_killed_at_random_moments_the_run_ends_in_the_same_bits(seed, uninterrupted, tmp_path):
-  """kill -9 at three moments drawn between a step, a save and a sampling."""
-  rng = random.Random(seed)
+def test_killed_at_random_moments_the_run_ends_in_the_same_bits(uninterrupted, tmp_path):
+  """kill -9 at four moments drawn between a step, a save and a sampling."""
+  rng = random.Random(0)
   metrics = tmp_path / 'metrics.jsonl'
-  for target in sorted(rng.sample(range(1, 40), 3)):
+  for target in sorted(rng.sample(range(1, 40), 4)):
     process = start(tmp_path)
     wait_for(
       lambda: metrics.exists() and f'"step": {target}' in metrics.read_text(),  # noqa: B023
@@ -153,23 +154,25 @@ def test_fused_steps_agree_with_single_steps():
 
 
 def assert_close_run(workdir, reference):
+  """As far as the run went: a shorter one is compared with the beginning of the reference."""
   ours, theirs = history(workdir), history(reference)
+  last = max(step for step, _ in ours)
+  theirs = {key: value for key, value in theirs.items() if key[0] <= last}
   assert ours.keys() == theirs.keys()
   np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-4)
-  difference = [
-    np.abs(a.astype(int) - b).max()
-    for a, b in zip(samples(workdir).values(), samples(reference).values(), strict=True)
-  ]
-  assert max(difference) <= 1  # grey levels
+  images, expected = samples(workdir), samples(reference)
+  assert images.keys() == {f'iter_{step}_host_0' for step in range(10, last + 1, 10)}
+  differences = [np.abs(x.astype(int) - expected[name]).max() for name, x in images.items()]
+  assert max(differences) <= 1  # grey levels
 
 
 @pytest.mark.slow
 def test_eight_devices_give_the_result_of_one_and_can_hand_over(uninterrupted, tmp_path):
-  run(tmp_path, '--config.training.n_iters=20', devices=8)
+  run(tmp_path, '--config.training.n_iters=10', devices=8)
   run(tmp_path, devices=1)  # a checkpoint of eight devices goes on on one
   assert_close_run(tmp_path, uninterrupted)
-  run(tmp_path, '--config.training.n_iters=45', devices=8)  # and back
-  assert (45, 'training_loss') in history(tmp_path)
+  run(tmp_path, '--config.training.n_iters=41', devices=8)  # and back
+  assert (41, 'training_loss') in history(tmp_path)
 
 
 @pytest.mark.slow
@@ -180,6 +183,7 @@ def test_two_processes_give_the_result_of_one(uninterrupted, tmp_path):
   group = [
     start(
       tmp_path,
+      '--config.training.n_iters=20',
       f'--coordinator=127.0.0.1:{port}',
       '--num_processes=2',
       f'--process_id={i}',
@@ -193,31 +197,32 @@ def test_two_processes_give_the_result_of_one(uninterrupted, tmp_path):
     for process in group:
       process.kill()
   assert_close_run(tmp_path, uninterrupted)
+  assert (20, 'training_loss') in history(tmp_path)
 
 
 @pytest.mark.slow
-def test_divergence_stops_with_step_and_metric_and_keeps_the_checkpoints(tmp_path):
-  run(tmp_path, '--config.training.n_iters=10')
-  before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'checkpoints').rglob('*')}
-  state = final_state(tmp_path)
+def test_divergence_stops_with_step_and_metric_and_keeps_the_checkpoints(uninterrupted, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(uninterrupted, workdir)
+  before = {path: path.stat().st_mtime_ns for path in (workdir / 'checkpoints').rglob('*')}
+  state = final_state(workdir)
   bad = jax.tree.map(lambda x: x * 1e30, state.params)
-  shutil.rmtree(tmp_path / 'checkpoints-meta')
-  with CheckpointDirectory(tmp_path / 'checkpoints-meta') as directory:
-    directory.save(11, int(state.step) + 1, state.replace(step=state.step + 1, params=bad))
-  process = start(tmp_path)
+  shutil.rmtree(workdir / 'checkpoints-meta')
+  with CheckpointDirectory(workdir / 'checkpoints-meta') as directory:
+    directory.save(41, int(state.step) + 1, state.replace(step=state.step + 1, params=bad))
+  process = start(workdir, '--config.training.n_iters=50')
   output, _ = process.communicate(timeout=300)
   assert process.returncode == 1
   assert 'NonFiniteLoss: training_loss is' in output
-  assert 'at step 12' in output
+  assert 'at step 42' in output
   assert 'Traceback' not in output
-  assert {path: path.stat().st_mtime_ns for path in (tmp_path / 'checkpoints').rglob('*')} == before
+  assert {path: path.stat().st_mtime_ns for path in (workdir / 'checkpoints').rglob('*')} == before
 
 
 def test_mistakes_on_the_command_line_are_one_sentence_without_traceback(uninterrupted, tmp_path):
   cases = [
     (uninterrupted, '--config.model.width=16', 'model.width (was 8, is 16)'),
     (tmp_path, '--config.sampling.predictor=em', "Unknown predictor 'em'"),
-    (tmp_path, '--config.training.bach_size=3', 'bach_size'),
     (tmp_path, '--config.training.batch_size=abc', 'batch_size'),
   ]
   processes = [start(workdir, override) for workdir, override, _ in cases]
