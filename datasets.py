@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from typing import SupportsIndex
 
 import grain
 import jax
@@ -191,7 +192,7 @@ class Padded:
     """The length of the source, rounded up to a multiple of the batch size."""
     return -(-len(self.source) // self.batch_size) * self.batch_size
 
-  def __getitem__(self, i: int) -> Example:
+  def __getitem__(self, i: SupportsIndex) -> Example:
     """Example number `i` of the source, or beyond its end the last one, with its `weight`."""
     count = len(self.source)
     return {**self.source[min(i, count - 1)], 'weight': np.float32(i < count)}
@@ -211,7 +212,7 @@ class Alike:
     """The length of the source."""
     return len(self.source)
 
-  def __getitem__(self, i: int) -> Example:
+  def __getitem__(self, i: SupportsIndex) -> Example:
     """Returns example number `i`.
 
     Raises:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Real, Shaped
@@ -27,7 +28,7 @@ class ArraySource:
     """The number of examples."""
     return len(self.images)
 
-  def __getitem__(self, i: int) -> Example:
+  def __getitem__(self, i: SupportsIndex) -> Example:
     """Example number `i`: 'image', (H, W, C), and 'label', an int32."""
     return {'image': self.images[i], 'label': np.int32(self.labels[i])}
 

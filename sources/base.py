@@ -1,7 +1,7 @@
 """The parts of data sets: examples, sources of them, and the registry of data sets."""
 
 import pathlib
-from typing import Protocol, runtime_checkable
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
@@ -27,6 +27,6 @@ class Source(Protocol):
     """The number of examples."""
     ...
 
-  def __getitem__(self, i: int, /) -> Example:
+  def __getitem__(self, i: SupportsIndex, /) -> Example:
     """Example number `i`: 'image', uint8 (H, W, C), and 'label', an integer."""
     ...

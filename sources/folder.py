@@ -5,6 +5,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -33,7 +34,7 @@ class ImageFolder:
     """The number of pictures."""
     return len(self.files)
 
-  def __getitem__(self, i: int) -> Example:
+  def __getitem__(self, i: SupportsIndex) -> Example:
     """Example number `i`: 'image', uint8 (size, size, num_channels), and 'label', which is 0.
 
     Raises:

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable
+from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
@@ -32,7 +33,7 @@ class TFDSSource:
     """The number of examples."""
     return len(self.source)
 
-  def __getitem__(self, i: int) -> Example:
+  def __getitem__(self, i: SupportsIndex) -> Example:
     """Example number `i`: the transformed 'image', and 'label', an int32 that is 0 by default."""
     example = self.source[int(i)]
     return {

@@ -406,7 +406,7 @@ def test_what_statistics_cannot_be_made_of_is_refused(config, counted, tmp_path)
   refused("stats_split='valid' must be 'train' or 'test'", value='valid')
   refused('sigma_max_images=-1 must be 2 or more, or 0', 'sigma_max_images', -1)
   refused('sigma_max_images=1 must be 2 or more, or 0', 'sigma_max_images', 1)
-  refused('stats_path=.* is a folder: give the name of a file', 'stats_path', str(tmp_path))
+  refused('stats_path=.* is a folder: set the path of a file', 'stats_path', str(tmp_path))
   counted(test=1)
   refused('MNIST5K has 1 images, and fewer than two have no covariance')
 

@@ -54,7 +54,7 @@ def along_any_grid(sde, solver):
   def end(rng, t, s, n_steps):
     method = method_of(sde, solver, 'uniform', LONGEST)
     method.t, method.s, method.n_steps = t, s, n_steps
-    return sampling.run(method, gaussian_score(sde, MEAN, STD), rng, SHAPE)
+    return sampling.run(method, gaussian_score(sde, MEAN, STD), rng, shape=SHAPE)
 
   return end
 

@@ -125,7 +125,7 @@ def test_program_that_asks_for_much_is_refused_at_once(what, legacy, tmp_path):
   ending = ending_of_load(path)
   assert ending.startswith(f'UserError {path} has ')
   assert found in ending
-  assert ending.endswith('nothing was run: get the file from its author again.')
+  assert ending.endswith('nothing in it was run: get the file from its author again.')
 
 
 def test_calls_and_references_of_odd_arguments_make_nothing(tmp_path):

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+import datasets
 import losses
-import run_lib
+import sde_lib
 import train_state
 from modes import train as train_mode
 from runtime import checkpoints, parallelism
@@ -136,8 +137,8 @@ def test_fused_steps_agree_with_single_steps():
   """The compiled loop that accelerators use, on this machine."""
   config = tiny_config.get_config()
   config.model.dropout = 0.0
-  sde = run_lib.sde_lib.get_sde(config)
-  train_ds, _, _ = run_lib.datasets.get_dataset(config)
+  sde = sde_lib.get_sde(config)
+  train_ds, _, _ = datasets.get_dataset(config)
   batches = [train_ds.batch(step)['image'] for step in range(5)]
   results = []
   for fused in (False, True):
