@@ -156,7 +156,8 @@ class Likelihood:
 
 def dequantize(rng: RandomKey, images: Levels, n_levels: int = 256) -> Batch:
   """Maps grey levels 0...n_levels-1, (B, ...), to [0, 1], spread evenly within each level."""
-  return (images + jax.random.uniform(rng, images.shape)) / n_levels
+  u = jax.random.uniform(rng, images.shape)
+  return (images.astype(u.dtype) + u) / n_levels
 
 
 def get_likelihood_fn(

@@ -279,7 +279,7 @@ class _LinearBetaSDE(SDE):
 
   def langevin_alpha(self, t: PerExample) -> PerExample:
     """1 - beta_i at the step i of the DDPM chain, (B,) (Algorithm 5)."""
-    return jnp.asarray(self.alphas)[self.timestep(t)]
+    return jnp.asarray(self.alphas, t.dtype)[self.timestep(t)]
 
 
 @register_sde(name='vpsde')
@@ -427,8 +427,8 @@ class VESDE(SDE):
 
   def sde(self, x: Batch, t: PerExample) -> tuple[Batch, PerExample]:
     """Zero, shaped as `x`, and sigma(t) sqrt(2 log(sigma_max / sigma_min)), (B,) (Eq. 9, 30)."""
-    rate = np.sqrt(2 * np.log(self.sigma_max / self.sigma_min))
-    return jnp.zeros_like(x), self.sigma(t) * rate.astype(np.float32)
+    rate = float(np.sqrt(2 * np.log(self.sigma_max / self.sigma_min)))
+    return jnp.zeros_like(x), self.sigma(t) * rate
 
   def marginal_prob(self, x: Batch, t: PerExample) -> tuple[Batch, PerExample]:
     """`x` itself and sigma(t), (B,)."""

@@ -193,8 +193,8 @@ class GroupNorm(nn.Module):
     pixels = x.astype(jnp.float32)
     mean = _group_means(pixels, groups)
     variance = jnp.maximum(_group_means(pixels**2, groups) - mean**2, 0.0)
-    factor = scale * jax.lax.rsqrt(variance + self.epsilon)
-    offset = bias - mean * factor
+    factor = scale[None] * jax.lax.rsqrt(variance + self.epsilon)
+    offset = bias[None] - mean * factor
     return (pixels * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
 
 
@@ -223,7 +223,7 @@ class NIN(nn.Module):
     W = self.param('W', default_init(self.init_scale), shape)
     b = self.param('b', nn.initializers.zeros, (self.features,))
     x, W, b = in_dtype_of_input(x, W, b)
-    return convolution.conv_general_dilated(x, W[None, None]) + b
+    return convolution.conv_general_dilated(x, W[None, None]) + b[None, None, None]
 
 
 def get_timestep_embedding(

@@ -174,4 +174,4 @@ class Conv2d(nn.Module):
       x = convolution.conv_general_dilated(x, weight, (2, 2), 'VALID')
     else:
       x = convolution.conv_general_dilated(x, weight)
-    return x + bias
+    return x + bias[None, None, None]

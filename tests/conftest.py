@@ -58,6 +58,13 @@ def quickly_compiled():
   jax.config.update('jax_disable_most_optimizations', False)
 
 
+@pytest.fixture(scope='module')
+def strict_promotion():
+  """For modules of exact numbers: shapes and types that do not match are errors, not broadcast."""
+  with jax.numpy_rank_promotion('raise'), jax.numpy_dtype_promotion('strict'):
+    yield
+
+
 @pytest.fixture
 def recorded_random_bits():
   """The random bits that the golden values were recorded with."""

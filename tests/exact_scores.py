@@ -154,8 +154,8 @@ def correlated_gaussian_score(sde: SDE, mean: jax.Array, covariance: jax.Array) 
 
   def score_fn(x, t):
     alpha, sigma = (v[:, None] for v in noise_scales(sde, t))
-    error = x.reshape(len(x), len(mean)) - alpha * mean
-    in_basis = error @ vectors / (alpha**2 * values + sigma**2)
+    error = x.reshape(len(x), len(mean)) - alpha * mean[None]
+    in_basis = error @ vectors / (alpha**2 * values[None] + sigma**2)
     return -(in_basis @ vectors.T).reshape(x.shape)
 
   return score_fn
@@ -177,7 +177,7 @@ def mixture_log_density(
     std: deviation of each Gaussian.
   """
   variance = (alpha * std) ** 2 + sigma**2
-  squares = jnp.sum((x - alpha * means).reshape(len(means), -1) ** 2, axis=-1)
+  squares = jnp.sum((x[None] - alpha * means).reshape(len(means), -1) ** 2, axis=-1)
   return (
     jax.nn.logsumexp(-squares / (2 * variance))
     - x.size / 2 * jnp.log(2 * jnp.pi * variance)

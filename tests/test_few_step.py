@@ -22,7 +22,7 @@ from tests.exact_scores import (
 )
 from train_state import init_state
 
-pytestmark = pytest.mark.usefixtures('quickly_compiled')
+pytestmark = pytest.mark.usefixtures('quickly_compiled', 'strict_promotion')
 
 SDES = [sde_lib.VPSDE(), sde_lib.subVPSDE(), sde_lib.VESDE(sigma_max=10.0)]
 MARKED = [SDES[0], *(pytest.param(sde, marks=pytest.mark.slow) for sde in SDES[1:])]

@@ -25,7 +25,7 @@ from tests.exact_scores import (
 )
 from train_state import State
 
-pytestmark = pytest.mark.usefixtures('quickly_compiled')
+pytestmark = pytest.mark.usefixtures('quickly_compiled', 'strict_promotion')
 
 SDES = [
   sde_lib.VPSDE(),
@@ -127,7 +127,7 @@ def test_hutchinson_estimate_is_unbiased(probe, count):
   assert abs(estimates.mean() - exact[0]) < 3 * standard_error
   # The variance of one probe is 2 |S|^2 with S the symmetric part, without its diagonal for signs.
   S = (jacobian + jacobian.T) / 2
-  off = S - jnp.diag(jnp.diag(S)) * (probe == 'Rademacher')
+  off = S - jnp.diag(jnp.diag(S)) * float(probe == 'Rademacher')
   np.testing.assert_allclose(estimates.var(), 2 * jnp.sum(off**2) / count, rtol=0.1)
 
 

@@ -13,7 +13,7 @@ from tests import golden_values as golden
 from tests.compilation import optimized
 from tests.exact_scores import RECORDED_SDES, gaussian_score, recorded_score
 
-pytestmark = pytest.mark.usefixtures('quickly_compiled')
+pytestmark = pytest.mark.usefixtures('quickly_compiled', 'strict_promotion')
 
 
 def _recorded_updates(name):

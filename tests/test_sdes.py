@@ -10,6 +10,8 @@ from sde_lib import VESDE, VPSDE, subVPSDE
 from tests import golden_values as golden
 from tests.exact_scores import RECORDED_SDES, gaussian_marginal, gaussian_score, recorded_score
 
+pytestmark = pytest.mark.usefixtures('strict_promotion')
+
 SDES = [VPSDE(), subVPSDE(), VESDE()]
 
 

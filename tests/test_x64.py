@@ -18,6 +18,8 @@ from tests.exact_scores import (
   gaussian_score,
 )
 
+pytestmark = pytest.mark.usefixtures('strict_promotion')
+
 SDES = [
   sde_lib.VPSDE(N=50),
   sde_lib.subVPSDE(N=50),
