@@ -427,7 +427,7 @@ class VESDE(SDE):
 
   def sde(self, x: Batch, t: PerExample) -> tuple[Batch, PerExample]:
     """Zero, shaped as `x`, and sigma(t) sqrt(2 log(sigma_max / sigma_min)), (B,) (Eq. 9, 30)."""
-    rate = float(np.sqrt(2 * np.log(self.sigma_max / self.sigma_min)))
+    rate = float(np.float32(np.sqrt(2 * np.log(self.sigma_max / self.sigma_min))))
     return jnp.zeros_like(x), self.sigma(t) * rate
 
   def marginal_prob(self, x: Batch, t: PerExample) -> tuple[Batch, PerExample]:
@@ -445,11 +445,11 @@ class VESDE(SDE):
   @cached_property
   def discrete_sigmas(self) -> Chain:
     """sigma_i of the SMLD chain for i = 0...N-1, increasing, (N,)."""
-    # In single precision, in which the published models were trained and sampled: the differences
-    # of neighbouring squares amplify its rounding.
-    with jax.ensure_compile_time_eval():
-      log_sigmas = jnp.linspace(np.log(self.sigma_min), np.log(self.sigma_max), self.N)
-      return np.asarray(jnp.exp(log_sigmas))
+    # The exponents are in single precision, in which the published models were trained and sampled;
+    # the rest is NumPy's, because JAX rounds its exponentials differently from version to version,
+    # and the differences of neighbouring squares amplify that.
+    log_sigmas = np.linspace(np.log(self.sigma_min), np.log(self.sigma_max), self.N)
+    return np.exp(np.float32(log_sigmas).astype(np.float64)).astype(np.float32)
 
   def _adjacent_sigmas(self, t: PerExample) -> tuple[PerExample, PerExample]:
     """sigma_i and sigma_{i-1}, both (B,), at the times `t`, (B,), with sigma_{-1} = 0."""
