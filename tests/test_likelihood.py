@@ -1,4 +1,4 @@
-"""Bits per dimension and latent codes: recorded values, and data whose density is known."""
+"""Bits per dimension and latents: recorded values, and data whose density is known."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What users of the samplers meet: names, keys, watching, recompilation, network calls."""
+"""What users of the samplers meet: names, keys, callbacks, recompilation, NFE."""
 
 import subprocess
 import sys

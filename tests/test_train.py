@@ -170,7 +170,7 @@ def assert_close_run(workdir, reference):
 @pytest.mark.slow
 def test_eight_devices_give_the_result_of_one_and_can_hand_over(uninterrupted, tmp_path):
   run(tmp_path, '--config.training.n_iters=10', devices=8)
-  run(tmp_path, devices=1)  # a checkpoint of eight devices goes on on one
+  run(tmp_path, devices=1)  # one device resumes from a checkpoint of eight
   assert_close_run(tmp_path, uninterrupted)
   run(tmp_path, '--config.training.n_iters=41', devices=8)  # and back
   assert (41, 'training_loss') in history(tmp_path)

@@ -90,6 +90,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval.end_ckpt = 4
   config.eval.batch_size = 64
   config.eval.extractor = 'tiny'
-  config.likelihood.eps = 0.3  # few network calls
+  config.likelihood.eps = 0.3  # low NFE
   config.likelihood.rtol = config.likelihood.atol = 0.1
   return config
