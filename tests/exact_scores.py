@@ -64,7 +64,10 @@ def noise_scales(sde: SDE, t: jax.Array) -> tuple[jax.Array, jax.Array]:
 def gaussian_marginal(
   sde: SDE, t: jax.Array, mean: float | jax.Array = 0.0, std: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-  """Mean alpha mean and deviation sqrt(alpha^2 std^2 + sigma^2) of an entry of x_t, (B,)."""
+  """Mean and standard deviation of an entry of x_t, (B,).
+
+  They are alpha mean and sqrt(alpha^2 std^2 + sigma^2).
+  """
   alpha, sigma = noise_scales(sde, t)
   return alpha * mean, jnp.sqrt(alpha**2 * std**2 + sigma**2)
 
@@ -84,8 +87,8 @@ def end_of_gaussian_flow(
 ) -> jax.Array:
   """Where the probability flow leads from `z` at time T to time `eps`, shaped as `z`.
 
-  It keeps the number of deviations from the mean: x = m_eps + s_eps (z - m_T) / s_T, where m_t and
-  s_t are those of `gaussian_marginal`.
+  It keeps the number of standard deviations from the mean: x = m_eps + s_eps (z - m_T) / s_T, where
+  m_t and s_t are those of `gaussian_marginal`.
   """
   m, s = gaussian_marginal(sde, jnp.asarray([sde.T, eps]), mean, std)
   return m[1] + s[1] * (z - m[0]) / s[0]
@@ -96,7 +99,7 @@ class GaussianNetwork(nn.Module):
 
   Attributes:
     sde: one whose networks predict noise, and are told 999 t.
-    std: deviation of the data.
+    std: standard deviation of the data.
   """
 
   sde: SDE
@@ -172,9 +175,9 @@ def mixture_log_density(
   Args:
     x: one example, (...).
     alpha: the factor of the data at time t, ().
-    sigma: the deviation of the noise, ().
+    sigma: the standard deviation of the noise, ().
     means: the centers, (K, ...).
-    std: deviation of each Gaussian.
+    std: standard deviation of each Gaussian.
   """
   variance = (alpha * std) ** 2 + sigma**2
   squares = jnp.sum((x[None] - alpha * means).reshape(len(means), -1) ** 2, axis=-1)
