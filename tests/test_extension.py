@@ -157,7 +157,10 @@ def test_names_are_found_in_any_case_and_shown_as_they_were_registered():
     registry.register(float, name='mything')
 
 
-def test_a_predictor_registered_without_a_name_is_found(config):
+def test_a_predictor_registered_without_a_name_is_found(config, monkeypatch):
+  # Other tests list the predictors: this one leaves no trace.
+  monkeypatch.setattr(sampling._PREDICTORS, '_entries', dict(sampling._PREDICTORS._entries))
+
   @sampling.register_predictor
   class Unnamed(sampling.Predictor):
     def update_fn(self, rng, x, t):
