@@ -45,6 +45,7 @@ def test_last_layer_makes_the_logits_of_the_features(fresh):
   golden.assert_close(features(x) @ last['kernel'] + last['bias'], recorded['logits'], 2e-5)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_log_likelihoods_of_all_classes_cancels_under_the_posterior(fresh):
   classifier, params = fresh
   logit_fn = utils.get_logit_fn(classifier, golden.filled_like(params))

@@ -83,6 +83,7 @@ def test_unknown_override_in_a_flag_file_is_a_sentence(tmp_path):
   assert "Unknown config.model key 'widht'" in output
 
 
+@pytest.mark.slow
 def test_configuration_with_an_argument_that_uses_jax_when_loaded_trains(tmp_path):
   devices = {'XLA_FLAGS': ''}  # main.py makes the devices itself
   arguments = ['--mode=train', f'--workdir={tmp_path}']
@@ -136,6 +137,7 @@ def test_damaged_config_json_is_named_and_kept(content, tmp_path):
   assert (tmp_path / 'config.json').read_text() == content
 
 
+@pytest.mark.slow
 def test_a_locale_without_utf8_trains_in_a_directory_with_an_umlaut(tmp_path):
   locale = {'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'LC_ALL': 'POSIX'}
   workdir = tmp_path / 'läufe'

@@ -326,7 +326,10 @@ def test_parameters_of_ncsnv2_get_their_names_in_the_port(network, stages, refin
   assert len(names) == len(paths)
 
 
-@pytest.mark.parametrize('network', ['ncsnv2_64', 'ncsnv2_128', 'ncsnv2_256'])
+@pytest.mark.parametrize(
+  'network',
+  ['ncsnv2_64', *(pytest.param(f'ncsnv2_{n}', marks=pytest.mark.slow) for n in (128, 256))],
+)
 def test_ncsnv2_of_the_port_becomes_the_same_state(network, tmp_path):
   config = cifar10_ncsnv2.get_config()
   config.data.image_size = 8
@@ -634,7 +637,9 @@ def test_settings_that_contradict_the_file_are_refused(flax_file, tmp_path):
 # Damage and malice.
 
 
-@pytest.mark.parametrize('kind', ['flax', *REAL, 'safetensors'])
+@pytest.mark.parametrize(
+  'kind', ['flax', *(pytest.param(kind, marks=pytest.mark.slow) for kind in REAL), 'safetensors']
+)
 def test_truncated_and_corrupted_files_are_refused_and_leave_nothing(kind, flax_file, tmp_path):
   config, path = tiny_config.get_config(), flax_file
   if kind in REAL:
@@ -760,6 +765,7 @@ def test_pickle_that_asks_for_much_memory_is_refused(tmp_path):
   assert 'larger than the file allows' in refused(ncsnpp_config(), path, tmp_path)
 
 
+@pytest.mark.slow
 def test_command_line_imports_and_refuses_in_a_sentence(flax_file, tmp_path):
   def run(mode, *flags):
     return subprocess.run(

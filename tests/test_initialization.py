@@ -14,7 +14,7 @@ from tests.golden_values import GOLDEN, configure
 
 RECORDED = json.loads((GOLDEN / 'init.json').read_text())
 NETWORKS = [name for name in RECORDED if name != 'classifier']
-QUICK = ('ve_ncsnv2', 'vp_ddpmpp_continuous')
+QUICK = ('vp_ddpmpp_continuous',)
 
 # Other bits of the same distributions, by a generator that compiles faster.
 KEY = jax.random.key(0, impl='unsafe_rbg')

@@ -69,6 +69,7 @@ def test_streamed_moments_are_those_of_the_whole_in_double_precision():
   np.testing.assert_allclose(streamed.covariance(), np.cov(np.float64(features).T), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_kid_is_unbiased_over_resamplings():
   """The mean over resamplings is the squared MMD of the populations, zero where they are one."""
   rng = np.random.RandomState(3)

@@ -123,6 +123,7 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_continues(uninterrupted, tm
   assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_steps_per_call_do_not_change_the_result(uninterrupted, tmp_path):
   run(tmp_path, '--config.training.n_jitted_steps=5', '--config.training.log_freq=5')
   reference = history(uninterrupted)
@@ -220,6 +221,7 @@ def test_divergence_stops_with_step_and_metric_and_keeps_the_checkpoints(uninter
   assert {path: path.stat().st_mtime_ns for path in (workdir / 'checkpoints').rglob('*')} == before
 
 
+@pytest.mark.slow
 def test_mistakes_on_the_command_line_are_one_sentence_without_traceback(uninterrupted, tmp_path):
   cases = [
     (uninterrupted, '--config.model.width=16', 'model.width (was 8, is 16)'),

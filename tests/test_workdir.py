@@ -304,6 +304,7 @@ def test_sampling_beside_a_training_changes_nothing_of_it(trained, tmp_path):
   assert newest.exists()
 
 
+@pytest.mark.slow
 def test_divergence_without_a_checkpoint_does_not_speak_of_one(tmp_path):
   with pytest.raises(run_lib.NonFiniteLoss) as raised:
     run_lib.train(config_of(optim__lr=1e30, optim__warmup=0, optim__grad_clip=-1.0), tmp_path)
