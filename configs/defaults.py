@@ -85,7 +85,11 @@ def get_default_configs() -> ml_collections.ConfigDict:
   data.random_flip = True
   data.centered = False  # scale images to [-1, 1] instead of [0, 1]
   data.uniform_dequantization = False
-  data.path = ''  # folder of images, for data.dataset='ImageFolder'
+  data.path = ''  # the folder or file of the data, where the data set is not in the repository
+  data.cache_dir = ''  # folder of prepared data and downloads; else ~/.cache/score_sde/data
+  data.num_workers = 0  # threads that prepare data (0: one for each core) and read batches (0: one)
+  data.on_device = False  # keep the training images on the devices
+  data.max_bad = 100  # pictures that may be skipped because they cannot be used
 
   config.model = model = ml_collections.ConfigDict()
   model.name = 'ncsnpp'

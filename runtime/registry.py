@@ -1,6 +1,7 @@
 """Tables from a configuration's names to the classes or functions behind them."""
 
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,7 @@ class Registry:
     self.kind = kind
     self._keys = dict(keys or {})
     self._entries: dict[str, tuple[str, Any]] = {}  # name as registered, and object
+    self._located: dict[str, tuple[str, str]] = {}  # name as registered, and its module
 
   def register(self, cls: Any = None, *, name: str | None = None) -> Any:
     """Decorator, `@register` or `@register(name='...')`; the default name is the object's own.
@@ -45,21 +47,28 @@ class Registry:
     self._entries[name.lower()] = name, cls
     return cls
 
+  def locate(self, module: str, *names: str) -> None:
+    """Says that importing `module` registers `names`, which is put off until one is used."""
+    self._located |= {name.lower(): (name, module) for name in names}
+
   def get(self, name: str) -> Any:
     """The object registered as `name`.
 
     Raises:
       UserError: if no object has the name; the message lists the registered names.
     """
-    if not isinstance(name, str) or name.lower() not in self._entries:
+    key = name.lower() if isinstance(name, str) else None
+    if key in self._located and key not in self._entries:
+      importlib.import_module(self._located[key][1])
+    if key not in self._entries:
       raise UserError(
         f'Unknown {self.kind} {name!r}: choose one of {", ".join(sorted(self.names()))}.'
       )
-    return self._entries[name.lower()][1]
+    return self._entries[key][1]
 
   def names(self) -> list[str]:
     """All names, as they were registered and in the order of registration."""
-    return [name for name, _ in self._entries.values()]
+    return [name for name, _ in (self._located | self._entries).values()]
 
   def fields(self, name: str) -> dict[str, Any]:
     """The keys of a configuration that the object registered as `name` reads, with their defaults.

@@ -1,0 +1,395 @@
+"""The cache of framed pictures: each is read, cropped and resized once, and then only copied.
+
+A split is a folder `<data set>-<split>-<hash>` in `data.cache_dir`, where the hash is of the stored
+files and the framing, so that a changed folder of pictures has another one. It holds
+
+shard_00000.bin     the pixels of some pictures, one after the other, uint8
+shard_00000.json    their sizes and labels, and what was skipped; written after the pixels
+index.npz           sizes and labels of all; written last: the cache is complete
+skipped.csv         the files that are not used, with the reasons
+.lock               locked while the cache is made
+
+A process that is killed leaves complete shards, and the next one continues after them.
+"""
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, SupportsIndex
+
+import google_crc32c
+import numpy as np
+import tqdm
+from absl import logging
+from jaxtyping import Float, Int, Integer, UInt8
+from ml_collections import ConfigDict
+from PIL import Image
+
+from runtime import npz_file, reporting
+from runtime.errors import UserError
+from sources.base import BadPicture, Example, Pictures
+from sources.framing import Framing
+
+try:
+  import fcntl
+except ImportError:  # Windows, where two processes that make one cache go unnoticed
+  fcntl = None
+
+_VERSION = 1  # of the files; part of the hash
+_SHARD_BYTES = 2**26
+_SHARDS = 16  # at least, of a data set with so many pictures, so that threads can share the work
+
+
+def default_folder() -> pathlib.Path:
+  """Where caches and downloads go if `data.cache_dir` is empty."""
+  cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
+  return cache / 'score_sde' / 'data'
+
+
+def cache_folder(data: ConfigDict) -> pathlib.Path:
+  """The folder that `data.cache_dir` names."""
+  return pathlib.Path(data.cache_dir).expanduser() if data.cache_dir else default_folder()
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedPictures:
+  """A complete cache of one split, which is a `Source`.
+
+  Its files are mapped into memory. The checksum of each is verified when it is first used.
+
+  Attributes:
+    folder: of the cache.
+    size: height and width of the images.
+    num_channels: of the images.
+    shapes: height and width of each stored picture, (N, 2).
+    labels: (N,).
+    starts: the number of the first picture of each shard, and N.
+    checksums: CRC-32C of each shard.
+    class_names: the names of the labels.
+    fingerprint: SHA-256 of all pixels, sizes and labels.
+    num_skipped: how many files were skipped.
+  """
+
+  folder: pathlib.Path
+  _: dataclasses.KW_ONLY
+  size: int
+  num_channels: int
+  shapes: Int[np.ndarray, 'N 2']
+  labels: Int[np.ndarray, ' N']
+  starts: Int[np.ndarray, ' shards_and_one']
+  checksums: Int[np.ndarray, ' shards']
+  class_names: tuple[str, ...]
+  fingerprint: str
+  num_skipped: int
+
+  def __len__(self) -> int:
+    """The number of pictures."""
+    return len(self.labels)
+
+  def __getitem__(self, i: SupportsIndex) -> Example:
+    """Example number `i`: 'image', (size, size, C), and 'label', an int32."""
+    batch = self.gather(np.asarray([int(i)]))
+    return {key: value[0] for key, value in batch.items()}
+
+  def gather(
+    self,
+    indices: Integer[np.ndarray, ' B'],
+    draws: Float[np.ndarray, ' B'] | None = None,
+  ) -> Example:
+    """The examples `indices`: 'image', uint8 (B, size, size, C), and 'label', int32 (B,).
+
+    Of a picture that is not square, the part in the middle is shown, or with `draws` the part that
+    begins at that fraction of the way.
+    """
+    size, channels = self.size, self.num_channels
+    images = np.empty((len(indices), size, size, channels), np.uint8)
+    shards = np.searchsorted(self.starts, indices, side='right') - 1
+    rows = zip(shards.tolist(), indices.tolist(), strict=True)
+    for row, (shard, i) in enumerate(rows):
+      pixels, offset = self._shard(shard), self._offsets[i]
+      height, width = self._heights[i], self._widths[i]
+      picture = pixels[offset : offset + height * width * channels]
+      if height == width:
+        images[row] = picture.reshape(size, size, channels)
+        continue
+      free = max(height, width) - size
+      shift = free // 2 if draws is None else int(draws[row] * (free + 1))
+      top, left = (shift, 0) if height > width else (0, shift)
+      picture = picture.reshape(height, width, channels)
+      images[row] = picture[top : top + size, left : left + size]
+    return {'image': images, 'label': self.labels[indices].astype(np.int32)}
+
+  @functools.cached_property
+  def _heights(self) -> list[int]:
+    return self.shapes[:, 0].tolist()
+
+  @functools.cached_property
+  def _widths(self) -> list[int]:
+    return self.shapes[:, 1].tolist()
+
+  @functools.cached_property
+  def _offsets(self) -> list[int]:
+    """Where each picture begins in its shard."""
+    ends = np.cumsum(self.shapes.prod(1) * self.num_channels)
+    begins = np.concatenate([[0], ends])
+    firsts = begins[self.starts[:-1]].repeat(np.diff(self.starts))
+    return (begins[:-1] - firsts).tolist()
+
+  @functools.cached_property
+  def _mapped(self) -> dict[int, UInt8[np.ndarray, ' bytes']]:
+    return {}
+
+  def _shard(self, number: int) -> UInt8[np.ndarray, ' bytes']:
+    if number not in self._mapped:
+      path = self.folder / f'shard_{number:05d}.bin'
+      pixels = _map(path)
+      if google_crc32c.value(memoryview(pixels)) != self.checksums[number]:
+        raise UserError(
+          f'{path} is damaged: remove the folder {self.folder} and rerun the same command, which '
+          f'makes it again.'
+        )
+      self._mapped[number] = pixels
+    return self._mapped[number]
+
+  def verify(self) -> None:
+    """Reads everything.
+
+    Raises:
+      UserError: if a file is damaged.
+    """
+    for number in range(len(self.checksums)):
+      self._shard(number)
+
+
+def _map(path: pathlib.Path) -> UInt8[np.ndarray, ' bytes']:
+  try:
+    # A plain array over the mapped file: slices of a memmap are ten times slower.
+    return np.asarray(np.memmap(path, np.uint8, 'r'))
+  except (OSError, ValueError):
+    return np.zeros(0, np.uint8)  # missing or empty, which the checksum tells
+
+
+def prepared(
+  data: ConfigDict, split: str, pictures: Pictures, framing: Framing
+) -> CachedPictures:
+  """The framed pictures of one split, from the cache, which is made first if it is not complete.
+
+  Args:
+    data: the configuration, of which `dataset`, `num_channels`, `cache_dir`, `num_workers` and
+      `max_bad` are read.
+    split: 'train' or 'test', for the name of the folder.
+    pictures: what the data set stores.
+    framing: what is done to each picture.
+
+  Raises:
+    UserError: if the folder cannot be written to, more than `data.max_bad` pictures cannot be used,
+      or none can.
+  """
+  about = [_VERSION, pictures.key, list(pictures.class_names), data.num_channels]
+  about.append(dataclasses.asdict(framing))
+  digest = hashlib.sha256(json.dumps(about).encode(errors='surrogatepass')).hexdigest()[:16]
+  folder = cache_folder(data) / f'{data.dataset}-{split}-{digest}'
+  if not (folder / 'index.npz').exists():
+    reporting.check_writable(folder, 'data.cache_dir')
+    with _locked(folder):
+      if not (folder / 'index.npz').exists():  # another process may have made it meanwhile
+        _Builder(folder, pictures, framing, data).build(f'{data.dataset}, {split}')
+  return _open(folder, framing.size, data.num_channels)
+
+
+@contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+  """Waits until no other process makes this cache; the system unlocks it when a process ends."""
+  with (folder / '.lock').open('a') as file:
+    if fcntl is not None:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        logging.info('Another process is making %s: waiting for it.', folder)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+def _open(folder: pathlib.Path, size: int, num_channels: int) -> CachedPictures:
+  path = folder / 'index.npz'
+  try:
+    arrays = npz_file.load_arrays(path, lambda names: names)
+    about = json.loads(str(arrays['about']))
+    return CachedPictures(
+      folder,
+      size=size,
+      num_channels=num_channels,
+      shapes=arrays['shapes'],
+      labels=arrays['labels'],
+      starts=arrays['starts'],
+      checksums=arrays['checksums'],
+      class_names=tuple(about['class_names']),
+      fingerprint=about['fingerprint'],
+      num_skipped=about['num_skipped'],
+    )
+  except (*npz_file.UNREADABLE, LookupError, TypeError) as error:
+    raise UserError(
+      f'{path} is damaged: remove the folder {folder} and rerun the same command, which makes it '
+      f'again.'
+    ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+  """What is recorded of the pictures of one shard that are used.
+
+  Attributes:
+    shapes: height and width of each.
+    labels: of each.
+    skipped: name and reason of those that are not used.
+    checksum: CRC-32C of the pixels.
+    digest: SHA-256 of the pixels.
+  """
+
+  shapes: list[tuple[int, int]]
+  labels: list[int]
+  skipped: list[tuple[str, str]]
+  checksum: int
+  digest: str
+
+
+class _Builder:
+  """Makes the cache of one split.
+
+  Args:
+    folder: of the cache.
+    pictures: what the data set stores.
+    framing: what is done to each picture.
+    data: the configuration, see `prepared`.
+  """
+
+  def __init__(
+    self, folder: pathlib.Path, pictures: Pictures, framing: Framing, data: ConfigDict
+  ):
+    self._folder, self._pictures, self._framing = folder, pictures, framing
+    self._max_bad = data.max_bad
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    self._threads = data.num_workers or cores or 1
+    count = len(pictures)
+    of_bytes = _SHARD_BYTES // (framing.size**2 * data.num_channels)
+    self._step = max(1, min(of_bytes, -(-count // _SHARDS)))
+    self._bad: list[tuple[str, str]] = []
+    self._lock = threading.Lock()
+
+  def build(self, title: str) -> None:
+    """Makes all shards that are missing, and the index."""
+    for path in self._folder.glob('.*-????????'):  # parts of files of a process that was killed
+      path.unlink()
+    starts = range(0, len(self._pictures), self._step)
+    Image.init()  # loading Pillow's plugins is not safe in threads
+    with (
+      warnings.catch_warnings(),
+      tqdm.tqdm(total=len(self._pictures), desc=title, unit='picture', disable=None) as bar,
+      ThreadPoolExecutor(self._threads) as pool,
+    ):
+      warnings.simplefilter('ignore')  # Pillow's, about damaged metadata
+      try:
+        shards = list(pool.map(lambda start: self._shard(start, bar), starts))
+      except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    self._finish(shards)
+
+  def _shard(self, start: int, bar: tqdm.tqdm) -> _Shard:
+    """Makes one shard, or reads what is recorded of it."""
+    path = self._folder / f'shard_{start // self._step:05d}.bin'
+    record = path.with_suffix('.json')
+    numbers = range(start, min(start + self._step, len(self._pictures)))
+    if record.exists():
+      shard = _Shard(**json.loads(record.read_text(encoding='utf-8')))
+      self._count_bad(shard.skipped)
+      bar.update(len(numbers))
+      return shard
+    images, shapes, labels, skipped = [], [], [], []
+    for i in numbers:
+      try:
+        pixels, label = self._pictures.read(i)
+        image = self._framing(pixels)
+      except BadPicture as error:
+        skipped.append((self._pictures.name(i), str(error)))
+        self._count_bad(skipped[-1:])
+      else:
+        images.append(image.tobytes())
+        shapes.append(image.shape[:2])
+        labels.append(int(label))
+      bar.update()
+    pixels = b''.join(images)
+    shard = _Shard(
+      shapes=shapes,
+      labels=labels,
+      skipped=skipped,
+      checksum=google_crc32c.value(pixels),
+      digest=hashlib.sha256(pixels).hexdigest(),
+    )
+    reporting.write_atomic(path, pixels)
+    reporting.write_atomic(record, json.dumps(dataclasses.asdict(shard)).encode())
+    return shard
+
+  def _count_bad(self, skipped: Sequence[tuple[str, str]]) -> None:
+    with self._lock:
+      self._bad += skipped
+      if len(self._bad) > self._max_bad:
+        listed = '; '.join(f'{name}: {reason}' for name, reason in self._bad[:3])
+        raise UserError(
+          f'{len(self._bad)} pictures cannot be used, more than data.max_bad={self._max_bad} '
+          f'({listed}; ...): mend or remove them, or set a larger data.max_bad.'
+        )
+
+  def _finish(self, shards: list[_Shard]) -> None:
+    skipped = [*self._pictures.skipped, *(item for shard in shards for item in shard.skipped)]
+    labels = np.asarray([label for shard in shards for label in shard.labels], np.int64)
+    if not len(labels):
+      raise UserError(
+        f'none of the {len(self._pictures)} pictures can be used ({summary(skipped)}); '
+        f'a smaller data.min_side also takes small ones, enlarged.'
+      )
+    if skipped:
+      path = self._folder / 'skipped.csv'
+      text = io.StringIO()
+      csv.writer(text).writerows([('file', 'reason'), *skipped])
+      reporting.write_atomic(path, text.getvalue().encode(errors='surrogateescape'))
+      logging.warning('Not all pictures are used, %s; %s lists them.', summary(skipped), path)
+    shapes = [shape for shard in shards for shape in shard.shapes]
+    digest = hashlib.sha256(''.join(shard.digest for shard in shards).encode())
+    digest.update(json.dumps([shapes, labels.tolist()]).encode())
+    about: dict[str, Any] = {
+      'class_names': list(self._pictures.class_names),
+      'fingerprint': digest.hexdigest(),
+      'num_skipped': len(skipped),
+    }
+    reporting.write_npz(
+      self._folder / 'index.npz',
+      shapes=np.asarray(shapes, np.int64),
+      labels=labels,
+      starts=np.cumsum([0, *(len(shard.labels) for shard in shards)]),
+      checksums=np.asarray([shard.checksum for shard in shards], np.int64),
+      about=np.asarray(json.dumps(about)),
+    )
+
+
+def summary(skipped: Sequence[tuple[str, str]], examples: int = 3) -> str:
+  """How many files are skipped for each reason, with the names of the first ones."""
+  counts = Counter(reason for _, reason in skipped)
+
+  def listed(reason: str) -> str:
+    names = [name for name, why in skipped if why == reason]
+    more = ', ...' * (len(names) > examples)
+    return f'{len(names)} x {reason} ({", ".join(names[:examples])}{more})'
+
+  return f'{len(skipped)} skipped: {", ".join(map(listed, counts))}' if skipped else '0 skipped'
