@@ -1,10 +1,11 @@
 """Data sets and their deterministic input pipeline.
 
-The batch of step k is a pure function of (seed, k), whatever the number of processes and wherever a
-run was interrupted: in each epoch the examples are shuffled by another seeded permutation, which is
-computed by index (Grain), and each process reads its own rows of the global batch. Images travel to
-the devices as uint8; flipping, dequantization and scaling happen on the devices, inside the
-compiled step.
+The batch of step k is a pure function of (seed, k), whatever the number of threads and processes
+and wherever a run was interrupted: in each epoch the examples are shuffled by another seeded
+permutation, which is computed by index (Grain), and each process reads its own rows of the global
+batch. Images travel to the devices as uint8; flipping, dequantization and scaling happen on the
+devices, inside the compiled step. With `data.on_device` all images are there from the start, and
+only the numbers of the examples travel.
 
 A data set is registered as a function from a configuration and a split ('train' or 'test') to a
 random-access source whose items are {'image': uint8 (H, W, C), 'label': int}:
@@ -12,47 +13,45 @@ random-access source whose items are {'image': uint8 (H, W, C), 'label': int}:
   @register_dataset(name='MINE')
   def mine(config, split, *, path): ...
 
-Keyword-only parameters are keys of `config.data` that the data set adds to the common ones.
-
-A source may have an attribute `fingerprint`, a string that differs wherever the examples do. A run
-refuses to resume on data with another fingerprint.
+Keyword-only parameters are keys of `config.data` that the data set adds to the common ones. See
+`sources.base.Source` for what else a source may have: a `fingerprint`, without which a run cannot
+notice that its data have changed, `class_names`, and `gather`, which reads a batch at once.
 """
 
 import dataclasses
 import functools
-import itertools
+import sys
 from collections.abc import Callable, Iterator
-from typing import SupportsIndex
 
 import grain
+import grain.experimental
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float, Integer, Shaped
 from ml_collections import ConfigDict
 
+from runtime import parallelism
 from runtime.array_types import GreyLevels, Images, RandomKey, Scaler
 from runtime.errors import UserError
 from sources.arrays import ArraySource
 from sources.base import ASSETS, DATASETS, Example, Source, register_dataset
-from sources.folder import ImageFolder
-from sources.pixels import central_crop, resize
-from sources.tensorflow_datasets import TFDSSource, tfds_source
+from sources.framing import central_crop, crop_resize, resize, resize_small
 
 __all__ = [
   'ASSETS',
   'DATASETS',
-  'Alike',
   'ArraySource',
   'Dataset',
   'Example',
-  'ImageFolder',
-  'Padded',
+  'Inputs',
   'Preprocess',
   'Source',
-  'TFDSSource',
+  'Stacked',
+  'Table',
   'central_crop',
   'check_batch_size',
+  'crop_resize',
   'get_data_inverse_scaler',
   'get_data_scaler',
   'get_dataset',
@@ -60,10 +59,14 @@ __all__ = [
   'get_source',
   'register_dataset',
   'resize',
-  'tfds_source',
+  'resize_small',
+  'take',
 ]
 
 Preprocess = Callable[[RandomKey, GreyLevels], Images]
+# All examples of a split on the devices: arrays (N, ...) by key; None if batches travel.
+Table = dict[str, jax.Array] | None
+Inputs = dict[str, jax.Array | np.ndarray]
 
 
 def get_data_scaler(config: ConfigDict) -> Scaler:
@@ -117,9 +120,12 @@ class Dataset:
   Attributes:
     source: the examples.
     batch_size: size of the global batch.
-    seed: the seed of the order of the examples.
+    seed: the seed of the order of the examples, and of whatever is random about them.
     shuffle: take the examples in a new permutation each epoch; else always as the source has them.
     preprocess: what the compiled step does to the images first; None for batches in host memory.
+    augment: draw whatever is random about an example, such as its crop.
+    num_threads: how many threads read batches ahead.
+    on_device: keep all examples on the devices.
   """
 
   source: Source
@@ -128,28 +134,45 @@ class Dataset:
   seed: int
   shuffle: bool
   preprocess: Preprocess | None
+  augment: bool = False
+  num_threads: int = 1
+  on_device: bool = False
 
   @functools.cached_property
-  def _checked(self) -> 'Alike':
-    return Alike(self.source)
+  def _gather(self) -> Callable[..., Example]:
+    return getattr(self.source, 'gather', Stacked(self.source).gather)
 
-  def _batches(self) -> grain.MapDataset:
-    """This process's rows of every global batch."""
-    processes = jax.process_count()
-    examples = grain.MapDataset.source(self._checked)
-    if self.shuffle:
-      examples = examples.shuffle(seed=self.seed)
-    rows = examples.repeat().batch(self.batch_size // processes)
-    return rows[jax.process_index() :: processes]
+  def _positions(self, step: int) -> Integer[np.ndarray, ' rows']:
+    """Where this process's rows of the batch of `step` are in the endless stream of examples."""
+    rows = self.batch_size // jax.process_count()
+    return step * self.batch_size + jax.process_index() * rows + np.arange(rows)
+
+  def indices(self, step: int) -> Integer[np.ndarray, ' rows']:
+    """The numbers of the examples in this process's rows of the batch of `step`."""
+    epochs, places = np.divmod(self._positions(step), len(self.source))
+    if not self.shuffle:
+      return places
+    last = len(self.source) - 1
+    shuffled = [
+      grain.experimental.index_shuffle(place, max_index=last, seed=seed % 2**32, rounds=4)
+      for place, seed in zip(places.tolist(), (self.seed + epochs).tolist(), strict=True)
+    ]
+    return np.asarray(shuffled)
+
+  def _draws(self, step: int) -> Float[np.ndarray, ' rows'] | None:
+    """Numbers in [0, 1) for what is random about this process's rows of the batch of `step`."""
+    if not self.augment:
+      return None
+    draws = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, step]))
+    return draws.random(self.batch_size)[self._positions(step) - step * self.batch_size]
 
   def batch(self, step: int) -> Example:
     """This process's rows of the batch of `step`: images (B, H, W, C) and labels (B,)."""
-    return self._batches()[step]
+    return self._gather(self.indices(step), self._draws(step))
 
   def iterate(self, start: int = 0, stride: int = 1) -> Iterator[Example]:
-    """The batches of steps start, start + stride, ..., read ahead in a background thread."""
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return iter(self._batches()[start::stride].to_iter_dataset(options))
+    """The batches of steps start, start + stride, ..., read ahead in background threads."""
+    return self._read_ahead(self.batch, range(start, sys.maxsize, stride))
 
   def once(self, start: int = 0) -> Iterator[Example]:
     """Each example once, in the order of the source: batches `start`, `start` + 1, ..., to the end.
@@ -157,9 +180,52 @@ class Dataset:
     The last batch is padded, so that all batches have one shape; `weight`, (B,), is 1 for an
     example and 0 for padding. Each process gets its rows.
     """
-    padded = Padded(self.source, self.batch_size)
-    batches = dataclasses.replace(self, source=padded, shuffle=False)
-    return itertools.islice(batches.iterate(start), len(self) - start)
+    return self._read_ahead(self._padded, range(start, len(self)))
+
+  def _padded(self, step: int) -> Example:
+    positions, count = self._positions(step), len(self.source)
+    batch = self._gather(np.minimum(positions, count - 1), None)
+    return {**batch, 'weight': (positions < count).astype(np.float32)}
+
+  def _read_ahead(self, read: Callable[[int], Example], steps: range) -> Iterator[Example]:
+    batches = grain.MapDataset.range(steps.start, steps.stop, steps.step).map(read)
+    options = grain.ReadOptions(
+      num_threads=self.num_threads, prefetch_buffer_size=max(4, 2 * self.num_threads)
+    )
+    return iter(batches.to_iter_dataset(options))
+
+  def inputs(self, start: int, *keys: str) -> Iterator[Example]:
+    """What compiled steps `start`, `start` + 1, ... get, from which `take` makes the batch.
+
+    These are the arrays `keys` of each batch, or with `on_device` only `index`: int32 (B,).
+    """
+    if self.on_device:
+      steps = range(start, sys.maxsize)
+      return self._read_ahead(lambda step: {'index': np.int32(self.indices(step))}, steps)
+    return ({key: batch[key] for key in keys} for batch in self.iterate(start))
+
+  def table(self, *keys: str) -> Table:
+    """The arrays `keys` of all examples, copied to every device; None without `on_device`.
+
+    Raises:
+      UserError: if they take more than half of the memory of a device.
+    """
+    if not self.on_device:
+      return None
+    size = len(self.source) * sum(np.asarray(self.source[0][key]).nbytes for key in keys)
+    limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', 2 * size)
+    if size > limit / 2:
+      raise UserError(
+        f'data.on_device=True would put {size / 2**30:.1f} GiB of images on devices of '
+        f'{limit / 2**30:.1f} GiB, of which they may take half: set it to False.'
+      )
+    parts = [
+      self._gather(np.arange(i, min(i + 1024, len(self.source))), None)
+      for i in range(0, len(self.source), 1024)
+    ]
+    return {
+      key: parallelism.replicate(np.concatenate([part[key] for part in parts])) for key in keys
+    }
 
   def __len__(self) -> int:
     """The number of batches of `once`."""
@@ -174,33 +240,16 @@ class Dataset:
     return self.iterate()
 
 
-@dataclasses.dataclass(frozen=True)
-class Padded:
-  """A source whose length is a multiple of the batch size, since its last example is repeated.
-
-  Its examples also have a `weight`: 1 for those of the source and 0 for repetitions.
-
-  Attributes:
-    source: the examples.
-    batch_size: size of the global batch.
-  """
-
-  source: Source
-  batch_size: int
-
-  def __len__(self) -> int:
-    """The length of the source, rounded up to a multiple of the batch size."""
-    return -(-len(self.source) // self.batch_size) * self.batch_size
-
-  def __getitem__(self, i: SupportsIndex) -> Example:
-    """Example number `i` of the source, or beyond its end the last one, with its `weight`."""
-    count = len(self.source)
-    return {**self.source[min(i, count - 1)], 'weight': np.float32(i < count)}
+def take(inputs: Inputs, table: Table) -> Inputs:
+  """Inside the compiled step: the batch that `Dataset.inputs` stands for."""
+  if table is None:
+    return inputs
+  return {key: values[inputs['index']] for key, values in table.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Alike:
-  """A source that makes sure that all images have the shape and type of the first one.
+class Stacked:
+  """Batches of a source that reads one example at a time.
 
   Attributes:
     source: the examples.
@@ -208,24 +257,29 @@ class Alike:
 
   source: Source
 
-  def __len__(self) -> int:
-    """The length of the source."""
-    return len(self.source)
-
-  def __getitem__(self, i: SupportsIndex) -> Example:
-    """Returns example number `i`.
+  def gather(
+    self,
+    indices: Integer[np.ndarray, ' B'],
+    draws: Float[np.ndarray, ' B'] | None = None,
+  ) -> Example:
+    """The examples `indices` as arrays with a leading axis (B,); `draws` are not used.
 
     Raises:
-      UserError: if its image has another shape or type, to which a batch would silently cast it.
+      UserError: if an image has another shape or type than the first one of the source, to which
+        a batch would silently cast it.
     """
-    example = self.source[i]
-    shape, dtype = _shape_and_dtype(example)
-    if (shape, dtype) != self._first:
-      raise UserError(
-        f'Image {i} of the data set has shape {shape} and type {dtype}, but image 0 has shape '
-        f'{self._first[0]} and type {self._first[1]}: give all images one shape and type.'
-      )
-    return example
+    del draws
+    examples = []
+    for i in indices.tolist():
+      example = self.source[i]
+      shape, dtype = _shape_and_dtype(example)
+      if (shape, dtype) != self._first:
+        raise UserError(
+          f'Image {i} of the data set has shape {shape} and type {dtype}, but image 0 has shape '
+          f'{self._first[0]} and type {self._first[1]}: give all images one shape and type.'
+        )
+      examples.append(example)
+    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
   @functools.cached_property
   def _first(self) -> tuple[tuple[int, ...], np.dtype]:
@@ -257,6 +311,13 @@ def get_dataset(
   field = 'eval' if evaluation else 'training'
   batch_size = config[field].batch_size
   check_batch_size(batch_size, f'{field}.batch_size')
+  if config.data.num_workers < 0:
+    raise UserError(f'data.num_workers={config.data.num_workers} must not be negative.')
+  if config.data.on_device and config.data.get('crop') == 'random':
+    raise UserError(
+      "data.on_device=True keeps images of one shape, but data.crop='random' needs whole pictures: "
+      "set data.on_device=False or data.crop='center'."
+    )
 
   def make(split: str, evaluation: bool) -> Dataset:
     source = get_source(config, split)
@@ -267,6 +328,9 @@ def get_dataset(
       seed=config.seed,
       shuffle=not evaluation,
       preprocess=preprocess,
+      augment=not evaluation,
+      num_threads=max(1, config.data.num_workers),
+      on_device=config.data.on_device and not evaluation,
     )
 
   train, test = make('train', evaluation), make('test', True)

@@ -81,15 +81,16 @@ def main(argv: list[str]) -> None:
     losses.build_step_fn(config, sde, model, train=True),
     train_ds.preprocess,
     stream(config.seed, 'train'),
+    table=train_ds.table('image'),
   )
-  batches = train_ds.iterate()
+  batches = train_ds.inputs(0, 'image')
   input_times, step_times, peaks = [], [], []
   for step in range(_STEPS.value + 2):
     start = time.perf_counter()
-    images = next(batches)['image']
+    batch = next(batches)
     input_times.append(time.perf_counter() - start)
     start = time.perf_counter()
-    state, _ = train_step(state, [images])
+    state, _ = train_step(state, [batch])
     jax.block_until_ready(state)
     step_times.append(time.perf_counter() - start)
     if step == 0:

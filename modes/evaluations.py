@@ -32,7 +32,7 @@ from runtime.errors import UserError
 from runtime.registry import Registry
 from runtime.rng import stream
 from runtime.settings import read_keys
-from runtime.workdir import LOCATIONS
+from runtime.workdir import STORAGE
 from sde_lib import SDE
 from train_state import State
 
@@ -74,7 +74,7 @@ class Evaluation(abc.ABC):
     """The settings that the numbers depend on, by name; results of other settings are refused."""
     flat = configuration.flatten(self.config)
     names = (name for name in sorted(flat) if name.startswith(_COMMON + self.depends_on))
-    settings = {name: flat[name] for name in names if name not in LOCATIONS}
+    settings = {name: flat[name] for name in names if name not in STORAGE}
     fingerprint = getattr(self.source, 'fingerprint', None)
     return settings | ({'data.fingerprint': fingerprint} if fingerprint else {})
 

@@ -36,7 +36,7 @@ from runtime.configuration import differences
 from runtime.errors import UserError
 from runtime.rng import stream
 from runtime.settings import read_keys
-from runtime.workdir import LOCATIONS, at_work, of_model, read_json
+from runtime.workdir import STORAGE, at_work, of_model, read_json
 from sde_lib import SDE
 from train_state import State
 
@@ -83,7 +83,7 @@ def _settings(
   config: ConfigDict, read: tuple[str, ...], source: datasets.Source | None, *, state: State
 ) -> dict[str, Any]:
   """The settings that the samples depend on: those of the names `read`, the data, the weights."""
-  free = (*LOCATIONS, 'sampling.num_samples', 'sampling.trajectory_every', 'classifier.checkpoint')
+  free = (*STORAGE, 'sampling.num_samples', 'sampling.trajectory_every', 'classifier.checkpoint')
   flat = configuration.flatten(config)
   names = (name for name in sorted({*read, *filter(of_model, flat)}) if name not in free)
   settings = {name: flat.get(name) for name in names}

@@ -42,6 +42,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     losses.build_step_fn(config, sde, model, train=True),
     train_ds.preprocess,
     stream(config.seed, 'train'),
+    table=train_ds.table('image'),
   )
   eval_step = compile_eval_step(
     losses.build_step_fn(config, sde, model, train=False),
@@ -62,7 +63,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     with open_run(workdir) as run:
       draw = SnapshotSampler(sampling_fn, stream(config.seed, 'sample'), run)
       state = restore_or_init(run.directories, like, init)
-      batches = (batch['image'] for batch in train_ds.iterate(int(state.step)))
+      batches = train_ds.inputs(int(state.step), 'image')
       at_snapshot = draw if training.snapshot_sampling else lambda state, metrics: True
       train_loop(
         training,
@@ -76,26 +77,35 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def compile_train_step(
-  step_fn: StepFn, preprocess: datasets.Preprocess, rng: RandomKey, *, fused: bool | None = None
+  step_fn: StepFn,
+  preprocess: datasets.Preprocess,
+  rng: RandomKey,
+  *,
+  table: datasets.Table = None,
+  fused: bool | None = None,
 ) -> TrainStep:
   """Compiles a training step `(state, batches) -> (state, losses (n,))`, which consumes the state.
 
-  It takes a list of n batches of grey levels (B, H, W, C), each of which gives one optimizer step.
+  It takes a list of n batches, each of which gives one optimizer step: dictionaries with `image`,
+  grey levels (B, H, W, C), or with a `table` of all images their numbers, `index`, (B,).
 
   Args:
     step_fn: the result of `losses.get_step_fn` with `train=True`.
     preprocess: see `datasets.get_preprocess_fn`.
     rng: the root key of all steps.
+    table: see `datasets.Dataset.table`.
     fused: see `training_loop.compile_steps`.
   """
 
-  def one_step(state: State, images: GreyLevels) -> tuple[State, Scalar]:
+  def one_step(
+    state: State, inputs: datasets.Inputs, table: datasets.Table
+  ) -> tuple[State, Scalar]:
     data_rng, step_rng = jax.random.split(jax.random.fold_in(rng, state.step))
-    batch = {'image': preprocess(data_rng, images)}
+    batch = {'image': preprocess(data_rng, datasets.take(inputs, table)['image'])}
     (_, state), loss = step_fn((step_rng, state), batch)
     return state, loss
 
-  return compile_steps(one_step, fused)
+  return compile_steps(one_step, table, fused)
 
 
 def compile_eval_step(

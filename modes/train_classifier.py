@@ -73,7 +73,10 @@ def train_classifier(config: ConfigDict, workdir: pathlib.Path) -> None:
     log_start(config)
     module = CLASSIFIERS.build(config.classifier.name, config.classifier)
     state = restore_or_init(run.directories, like, init)
-    train_step = compile_steps(_train_step(config, module, train_ds.preprocess))
+    table = train_ds.table('image', 'label')
+    if table is not None:
+      _check_labels(parallelism.to_host(table['label']), config)
+    train_step = compile_steps(_train_step(config, module, train_ds.preprocess), table)
     eval_step = jax.jit(_loss_fn(config, module, eval_ds.preprocess))
 
     def evaluate(state: State, step: int, metrics: reporting.MetricWriter) -> None:
@@ -82,7 +85,9 @@ def train_classifier(config: ConfigDict, workdir: pathlib.Path) -> None:
       metrics.scalar('eval_loss', float(loss), step)
       metrics.scalar('eval_accuracy', float(accuracy), step)
 
-    batches = map(functools.partial(_checked, config), train_ds.iterate(int(state.step)))
+    batches = map(
+      functools.partial(_checked, config), train_ds.inputs(int(state.step), 'image', 'label')
+    )
     state = train_loop(
       config.training,
       run,
@@ -194,9 +199,9 @@ def _check_labels(labels: Labels, config: ConfigDict) -> None:
 
 
 def _checked(config: ConfigDict, batch: datasets.Example) -> datasets.Example:
-  if batch['label'].max() >= config.classifier.num_classes:
+  if 'label' in batch and batch['label'].max() >= config.classifier.num_classes:
     _check_labels(batch['label'], config)
-  return {'image': batch['image'], 'label': batch['label']}
+  return batch
 
 
 def _loss_fn(config: ConfigDict, module: Network, preprocess: datasets.Preprocess) -> LossFn:
@@ -217,12 +222,13 @@ def _loss_fn(config: ConfigDict, module: Network, preprocess: datasets.Preproces
 
 def _train_step(
   config: ConfigDict, module: Network, preprocess: datasets.Preprocess
-) -> Callable[[State, PyTree], tuple[State, Scalar]]:
-  """The function of one optimizer step, `(state, batch) -> (state, loss)`."""
+) -> Callable[[State, PyTree, PyTree], tuple[State, Scalar]]:
+  """The function of one optimizer step, `(state, inputs, table) -> (state, loss)`."""
   grad_fn = jax.value_and_grad(_loss_fn(config, module, preprocess), has_aux=True)
   optimize_fn = train_state.optimization_manager(config)
 
-  def step(state: State, batch: PyTree) -> tuple[State, Scalar]:
+  def step(state: State, inputs: PyTree, table: PyTree) -> tuple[State, Scalar]:
+    batch = datasets.take(inputs, table)
     (loss, _), grad = grad_fn(state.params, _key(config, 'train', state.step), batch)
     return optimize_fn(state, grad), loss
 

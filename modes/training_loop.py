@@ -175,7 +175,9 @@ def _check_finite(chunks: list[Losses], step: int, run: Run) -> float:
 
 
 def compile_steps(
-  one_step: Callable[[State, PyTree], tuple[State, Scalar]], fused: bool | None = None
+  one_step: Callable[[State, PyTree, PyTree], tuple[State, Scalar]],
+  constants: PyTree = None,
+  fused: bool | None = None,
 ) -> TrainStep:
   """Compiles `(state, n batches) -> (state, losses (n,))`, which consumes the state.
 
@@ -183,7 +185,8 @@ def compile_steps(
   slows convolutions in loops down, they are n calls of the same compiled step.
 
   Args:
-    one_step: `(state, global batch) -> (state, loss)`.
+    one_step: `(state, global batch, constants) -> (state, loss)`.
+    constants: arrays that every device holds, such as all images.
     fused: whether to compile a loop; None decides by the kind of device.
   """
   whole = parallelism.replicated()
@@ -191,25 +194,29 @@ def compile_steps(
     fused = jax.default_backend() != 'cpu'
   if fused:
     compiled = jax.jit(
-      lambda state, batches: jax.lax.scan(one_step, state, batches),
+      lambda state, batches, constants: jax.lax.scan(
+        lambda state, batch: one_step(state, batch, constants), state, batches
+      ),
       donate_argnums=0,
-      in_shardings=(whole, parallelism.batch_sharding(axis=1)),
+      in_shardings=(whole, parallelism.batch_sharding(axis=1), whole),
       out_shardings=whole,
     )
     stack = lambda group: jax.tree.map(lambda *arrays: np.stack(arrays), *group)
-    return lambda state, group: compiled(state, parallelism.global_batch(stack(group), axis=1))
+    return lambda state, group: compiled(
+      state, parallelism.global_batch(stack(group), axis=1), constants
+    )
 
   compiled = jax.jit(
     one_step,
     donate_argnums=0,
-    in_shardings=(whole, parallelism.batch_sharding()),
+    in_shardings=(whole, parallelism.batch_sharding(), whole),
     out_shardings=whole,
   )
 
   def steps(state: State, group: list[PyTree]) -> tuple[State, Losses]:
     step_losses = []
     for batch in group:
-      state, loss = compiled(state, parallelism.global_batch(batch))
+      state, loss = compiled(state, parallelism.global_batch(batch), constants)
       # This waits: several calls in flight may deadlock, each with a share of XLA's threads.
       step_losses.append(np.asarray(loss))
     return state, np.asarray(step_losses)

@@ -1,7 +1,7 @@
 """The directory of a run: its configuration, the process that writes to it, and its states.
 
 config.json     the configuration of the run, which every mode compares with its own
-data.json       fingerprints of the training and test images
+data.json       fingerprints of the training and test images, and the names of the classes
 versions.json   versions of the packages
 .lock           locked by the process that writes to the directory
 """
@@ -36,8 +36,16 @@ PyTree = Any
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
-# Where the data are stored, which may change: `data.json` guards their content.
-LOCATIONS = ('data.path', 'data.tfrecords_path')
+# Where the data are stored and how they are read, which may change: `data.json` guards their content.
+STORAGE = (
+  'data.path',
+  'data.tfrecords_path',
+  'data.test_list',
+  'data.cache_dir',
+  'data.num_workers',
+  'data.on_device',
+  'data.max_bad',
+)
 
 # Fields that may change when a training resumes, because they do not alter the training itself.
 FREE = (
@@ -48,7 +56,7 @@ FREE = (
   'training.snapshot_freq_for_preemption',
   'training.snapshot_sampling',
   'model.remat',
-  *LOCATIONS,
+  *STORAGE,
   'sampling.',
   'eval.',
   'likelihood.',
@@ -179,12 +187,17 @@ def record(
     _write_json(workdir / 'data.json', fingerprints)
 
 
-def _check_data(workdir: pathlib.Path, sources: Mapping[str, Any]) -> dict[str, str | None]:
-  """The fingerprints of the data, which must equal the recorded ones where both are known."""
+def _check_data(workdir: pathlib.Path, sources: Mapping[str, Any]) -> dict[str, Any]:
+  """The fingerprints of the data, which must equal the recorded ones where both are known.
+
+  With them come the names of the classes, if the data set has any.
+  """
   path = workdir / 'data.json'
   new = {name: getattr(source, 'fingerprint', None) for name, source in sources.items()}
+  names = [list(getattr(source, 'class_names', ())) for source in sources.values()]
+  classes = {'class_names': names[0], 'num_classes': len(names[0])} if any(names) else {}
   if not path.exists():
-    return new
+    return new | classes
   old = read_json(path, 'restore it from a copy, or remove it if the data are the same')
   known = {name: value for name, value in old.items() if value and new.get(name)}
   if changed := [name for name, value in known.items() if value != new[name]]:
@@ -192,7 +205,7 @@ def _check_data(workdir: pathlib.Path, sources: Mapping[str, Any]) -> dict[str, 
       f'The images of the split {" and ".join(changed)} are not those that {workdir} was trained '
       f'on: restore them, use another --workdir, or remove {path} to resume on the new images.'
     )
-  return {name: value or old.get(name) for name, value in new.items()}
+  return {name: value or old.get(name) for name, value in new.items()} | classes
 
 
 def _write_json(path: pathlib.Path, content: Any) -> None:

@@ -6,7 +6,7 @@ import hashlib
 from typing import SupportsIndex
 
 import numpy as np
-from jaxtyping import Real, Shaped
+from jaxtyping import Float, Integer, Real, Shaped
 from ml_collections import ConfigDict
 
 from sources.base import ASSETS, Example, register_dataset
@@ -31,6 +31,13 @@ class ArraySource:
   def __getitem__(self, i: SupportsIndex) -> Example:
     """Example number `i`: 'image', (H, W, C), and 'label', an int32."""
     return {'image': self.images[i], 'label': np.int32(self.labels[i])}
+
+  def gather(
+    self, indices: Integer[np.ndarray, ' B'], draws: Float[np.ndarray, ' B'] | None = None
+  ) -> Example:
+    """The examples `indices`: 'image', (B, H, W, C), and 'label', int32 (B,)."""
+    del draws
+    return {'image': self.images[indices], 'label': self.labels[indices].astype(np.int32)}
 
   @functools.cached_property
   def fingerprint(self) -> str:

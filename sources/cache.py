@@ -180,9 +180,7 @@ def _map(path: pathlib.Path) -> UInt8[np.ndarray, ' bytes']:
     return np.zeros(0, np.uint8)  # missing or empty, which the checksum tells
 
 
-def prepared(
-  data: ConfigDict, split: str, pictures: Pictures, framing: Framing
-) -> CachedPictures:
+def prepared(data: ConfigDict, split: str, pictures: Pictures, framing: Framing) -> CachedPictures:
   """The framed pictures of one split, from the cache, which is made first if it is not complete.
 
   Args:
@@ -274,9 +272,7 @@ class _Builder:
     data: the configuration, see `prepared`.
   """
 
-  def __init__(
-    self, folder: pathlib.Path, pictures: Pictures, framing: Framing, data: ConfigDict
-  ):
+  def __init__(self, folder: pathlib.Path, pictures: Pictures, framing: Framing, data: ConfigDict):
     self._folder, self._pictures, self._framing = folder, pictures, framing
     self._max_bad = data.max_bad
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()

@@ -1,7 +1,7 @@
 """Framing: cropping a picture to a square and resizing it, always with antialiasing.
 
-Pillow resizes: each new pixel is a weighted mean over the support of the filter, scaled to the ratio
-of the sizes, as in `tf.image.resize(..., antialias=True)`; results are rounded.
+Pillow resizes: each new pixel is a weighted mean over the support of the filter, scaled to the
+ratio of the sizes, as in `tf.image.resize(..., antialias=True)`; results are rounded.
 """
 
 import dataclasses
@@ -75,7 +75,9 @@ def resize(
   return np.asarray(resized).reshape(height, width, image.shape[-1])
 
 
-def resize_small(image: _Picture, resolution: int, method: str = 'bilinear') -> _Picture:
+def resize_small(
+  image: _Picture, resolution: int, method: str = 'bilinear'
+) -> UInt8[np.ndarray, 'h w C']:
   """Shrinks an image, uint8 (H, W, C), until its smaller side has `resolution` pixels."""
   height, width = image.shape[:2]
   ratio = resolution / min(height, width)
@@ -117,7 +119,9 @@ class Framing:
     if self.crop not in CROPS:
       raise UserError(f'data.crop={self.crop!r} is unknown: choose one of {", ".join(CROPS)}.')
     if self.resize not in FILTERS:
-      raise UserError(f'data.resize={self.resize!r} is unknown: choose one of {", ".join(FILTERS)}.')
+      raise UserError(
+        f'data.resize={self.resize!r} is unknown: choose one of {", ".join(FILTERS)}.'
+      )
     if self.min_side < 0:
       raise UserError(f'data.min_side={self.min_side} must not be negative; 0: data.image_size.')
 

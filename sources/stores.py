@@ -195,7 +195,9 @@ class ZipStore(Store):
       with zipfile.ZipFile(path) as archive:
         self._members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
     except (OSError, zipfile.BadZipFile, ValueError, EOFError) as error:
-      raise UserError(f'it is no complete ZIP file ({error}): copy or download it again.') from error
+      raise UserError(
+        f'it is no complete ZIP file ({error}): copy or download it again.'
+      ) from error
     self._prefix = _common_folder([name for name in self._members if fault_of(name) == ''])
 
   @classmethod
@@ -219,7 +221,14 @@ class ZipStore(Store):
       self._open.archive = zipfile.ZipFile(self._path)
     try:
       return self._open.archive.read(self._members[self._prefix + file.name])
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (
+      OSError,
+      zipfile.BadZipFile,
+      zlib.error,
+      EOFError,
+      NotImplementedError,
+      RuntimeError,
+    ) as error:
       raise BadPicture(f'damaged in the archive: {error}') from error
 
 

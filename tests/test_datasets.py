@@ -1,17 +1,12 @@
 """Data: determinism, sharing between processes, and what reaches the network."""
 
-import io
-import pathlib
-
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 import datasets
 from configs.vp import mnist_ddpmpp_continuous
 from runtime.errors import UserError
-from sources import tensorflow_datasets
 
 
 @pytest.fixture
@@ -113,72 +108,114 @@ def test_wrong_shapes_and_batches_are_refused_by_name(config, monkeypatch):
     datasets.get_dataset(config)
 
 
-def test_image_folder_is_split_cropped_and_resized(config, tmp_path):
-  for i in range(20):
-    suffix = ('.png', '.JPEG', '.bmp')[i % 3]
-    pixels = np.zeros((40, 60, 3), np.uint8)
-    pixels[:, 10:50] = 10 * i  # the central square
-    (tmp_path / str(i % 2)).mkdir(exist_ok=True)
-    Image.fromarray(pixels).save(tmp_path / str(i % 2) / f'{i:02d}{suffix}', quality=100)
-  config.data.dataset = 'ImageFolder'
-  config.data.path = str(tmp_path)
-  train, test = (datasets.get_source(config, split) for split in ('train', 'test'))
-  assert (len(train), len(test)) == (18, 2)
-  assert not set(train.paths) & set(test.paths)
-  for i, path in enumerate(train.paths):
-    image = train[i]['image']
-    assert image.shape == (28, 28, 1)
-    np.testing.assert_allclose(image[4:-4, 4:-4], 10 * int(path.stem), atol=1)
+class Numbers:
+  """Images that show their own number, two of which a batch may read at once."""
 
-  config.data.path = str(tmp_path / 'nowhere')
-  with pytest.raises(UserError, match="No images for the split 'train' of ImageFolder"):
-    datasets.get_dataset(config)
+  def __init__(self, count, random=False):
+    self.count, self.random = count, random
+
+  def __len__(self):
+    return self.count
+
+  def __getitem__(self, i):
+    return {key: value[0] for key, value in self.gather(np.asarray([int(i)])).items()}
+
+  def gather(self, indices, draws=None):
+    images = np.zeros((len(indices), 2, 2, 1), np.uint8)
+    images[:, 0, 0, 0] = indices
+    if draws is not None:
+      images[:, 1, 1, 0] = (256 * draws).astype(np.uint8)
+    return {'image': images, 'label': np.int32(indices)}
 
 
-@pytest.fixture
-def picture_config(config, tmp_path):
-  """Forty pictures of 28 x 28 pixels in a folder of their own."""
-  noise = np.random.default_rng(0).integers(0, 256, (40, 28, 28), np.uint8)
-  folder = tmp_path / 'pictures'
-  folder.mkdir()
-  for i, pixels in enumerate(noise):
-    Image.fromarray(pixels).save(folder / f'{i:02d}.png')
-  config.data.dataset, config.data.path = 'ImageFolder', str(folder)
-  config.training.batch_size = config.eval.batch_size = 8
-  return config
+def numbers(**settings):
+  settings = {'batch_size': 6, 'seed': 3, 'shuffle': True, 'preprocess': None} | settings
+  return datasets.Dataset(Numbers(60), **settings)
 
 
-@pytest.mark.parametrize('first', [False, True])
-def test_picture_that_cannot_be_decoded_is_named_by_the_iterator(picture_config, first):
-  path = pathlib.Path(picture_config.data.path) / ('00.png' if first else '20.png')
-  train, _, _ = datasets.get_dataset(picture_config)
-  path.write_bytes(path.read_bytes()[:300])
-  with pytest.raises(UserError, match=f'{path} cannot be read .* which resumes') as error:
-    for _ in zip(range(6), train.iterate(), strict=False):
-      pass
-  assert '\n' not in str(error.value)
+def assert_same_batches(ours, theirs):
+  for a, b in zip(ours, theirs, strict=True):
+    assert a.keys() == b.keys()
+    for key in a:
+      np.testing.assert_array_equal(a[key], b[key])
 
 
-def test_home_folder_is_expanded_in_the_path(picture_config, monkeypatch):
-  monkeypatch.setenv('HOME', str(pathlib.Path(picture_config.data.path).parent))
-  picture_config.data.path = '~/pictures'
-  assert len(datasets.get_source(picture_config, 'train')) == 36
+@pytest.mark.parametrize('num_threads', [1, 2, 4])
+@pytest.mark.parametrize('processes', [1, 2, 3])
+def test_batches_after_a_restart_are_the_same_with_any_threads_and_processes(
+  num_threads, processes, monkeypatch
+):
+  whole = [numbers(augment=True).batch(step) for step in range(30)]
+  monkeypatch.setattr(jax, 'process_count', lambda: processes)
+  dataset = numbers(augment=True, num_threads=num_threads)
+  for start in (0, 17):
+    parts = []
+    for index in range(processes):
+      monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
+      iterator = dataset.iterate(start)
+      parts.append([next(iterator) for _ in range(30 - start)])
+    joined = [
+      {key: np.concatenate([part[key] for part in step]) for key in step[0]}
+      for step in zip(*parts, strict=True)
+    ]
+    assert_same_batches(joined, whole[start:])
 
 
-def test_fingerprint_of_a_source_changes_with_its_examples(picture_config):
-  train, test = (datasets.get_source(picture_config, split) for split in ('train', 'test'))
-  assert train.fingerprint != test.fingerprint
-  assert datasets.get_source(picture_config, 'train').fingerprint == train.fingerprint
-  Image.new('L', (28, 28)).save(train.paths[3])
-  assert datasets.get_source(picture_config, 'train').fingerprint != train.fingerprint
+def test_every_example_comes_once_an_epoch_and_what_is_random_changes():
+  dataset = numbers(augment=True)
+  epochs = [
+    np.concatenate([dataset.batch(step)['image'] for step in range(10 * e, 10 * e + 10)])
+    for e in range(3)
+  ]
+  for images in epochs:
+    assert sorted(images[:, 0, 0, 0].tolist()) == list(range(60))
+  draws = np.concatenate(epochs)[:, 1, 1, 0]
+  assert abs(draws.mean() - 127.5) < 20
+  assert len({images[:, 1, 1, 0].tobytes() for images in epochs}) == 3
+  assert not np.concatenate([batch['image'] for batch in dataset.once()])[:, 1, 1].any()
 
-  images = np.zeros((4, 2, 2, 1), np.uint8)
-  digest = datasets.ArraySource(images, np.arange(4)).fingerprint
-  assert datasets.ArraySource(images.copy(), np.arange(4)).fingerprint == digest
-  assert datasets.ArraySource(images.reshape(4, 4, 1, 1), np.arange(4)).fingerprint != digest
-  assert datasets.ArraySource(images, np.ones(4, int)).fingerprint != digest
-  images[1, 0, 0] = 1
-  assert datasets.ArraySource(images, np.arange(4)).fingerprint != digest
+
+def test_a_source_without_gather_gives_the_batches_of_one_with_it():
+  class OneByOne(list):
+    pass
+
+  source = Numbers(60)
+  slow = datasets.Dataset(
+    OneByOne(source[i] for i in range(60)), batch_size=6, seed=3, shuffle=True, preprocess=None
+  )
+  assert_same_batches([slow.batch(i) for i in range(12)], [numbers().batch(i) for i in range(12)])
+
+
+def test_images_on_the_devices_make_the_batches_that_would_have_travelled():
+  resident = numbers(on_device=True)
+  table = resident.table('image', 'label')
+  inputs = resident.inputs(7, 'image', 'label')
+  for step in range(7, 20):
+    batch = jax.jit(datasets.take)(next(inputs), table)
+    assert_same_batches([jax.device_get(batch)], [numbers().batch(step)])
+  assert numbers().table('image') is None
+
+
+def test_too_many_images_for_the_devices_are_refused(monkeypatch):
+  class Small:
+    def memory_stats(self):
+      return {'bytes_limit': 200}
+
+  monkeypatch.setattr(jax, 'local_devices', lambda: [Small()])
+  with pytest.raises(UserError, match='data.on_device=True would put .* set it to False'):
+    numbers(on_device=True).table('image')
+
+
+def test_the_tensorflow_free_names_of_the_2021_code_resize_as_it_did():
+  ramp = np.arange(40 * 60, dtype=np.float64).reshape(40, 60, 1) / 2400 * 255
+  image = np.rint(ramp).astype(np.uint8).repeat(3, -1)
+  assert datasets.resize_small(image, 20).shape == (20, 30, 3)
+  assert datasets.crop_resize(image, 20).shape == (20, 20, 3)
+  np.testing.assert_allclose(
+    datasets.resize_small(image, 20)[5:-5, 5:-5],
+    np.rint(ramp).reshape(20, 2, 30, 2, 1).mean((1, 3)).repeat(3, -1)[5:-5, 5:-5],
+    atol=1,
+  )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +241,7 @@ def test_later_image_of_another_shape_or_type_is_named(image):
 def test_images_of_another_type_are_refused_and_not_cast(config):
   deep = np.full((28, 28, 1), 40_000, np.uint16)
   with pytest.raises(UserError, match='type uint16 cannot be resized: scale it'):
-    datasets.TFDSSource([{'image': deep}], lambda image: datasets.resize(image, 28))[0]
+    datasets.resize(deep, 32)
 
   @datasets.register_dataset(name='DEEP')
   def deep_images(config, split):
@@ -237,77 +274,3 @@ def test_resize_is_the_identity_at_its_size_and_keeps_constants():
   image = np.full((48, 48, 3), 77, np.uint8)
   assert datasets.resize(image, 48) is image
   np.testing.assert_array_equal(datasets.resize(image, 32), np.full((32, 32, 3), 77, np.uint8))
-
-
-@pytest.mark.parametrize(
-  ('dataset', 'builder', 'split', 'stored', 'size', 'crop'),
-  [
-    ('SVHN', 'svhn_cropped', 'test', (32, 32), 32, (32, 32)),
-    ('CELEBA', 'celeb_a', 'validation', (218, 178), 64, (140, 140)),
-    ('LSUN', 'lsun/church_outdoor', 'validation', (256, 300), 256, (256, 256)),
-  ],
-)
-def test_image_is_the_centre_of_the_stored_one(
-  dataset, builder, split, stored, size, crop, config, monkeypatch
-):
-  image = np.full((*stored, 3), 255, np.uint8)
-  top, left = ((n - m) // 2 for n, m in zip(stored, crop, strict=True))
-  image[top : top + crop[0], left : left + crop[1]] = 100
-  opened = []
-
-  def tfds_source(name, split, transform):
-    opened.append((name, split))
-    return datasets.TFDSSource([{'image': image}], transform)
-
-  monkeypatch.setattr(tensorflow_datasets, 'tfds_source', tfds_source)
-  with config.data.unlocked():
-    config.data.update(dataset=dataset, image_size=size, num_channels=3, category='church_outdoor')
-  _, test, _ = datasets.get_dataset(config)
-  assert opened == [(builder, 'train'), (builder, split)]
-  np.testing.assert_array_equal(test.source[0]['image'], np.full((size, size, 3), 100))
-
-
-def test_lsun_without_a_category_is_refused(config):
-  config.data.dataset = 'LSUN'
-  with pytest.raises(UserError, match='needs a data.category'):
-    datasets.get_dataset(config)
-
-
-def test_tensorflow_datasets_are_read_without_tensorflow(tmp_path, monkeypatch):
-  tfds = pytest.importorskip('tensorflow_datasets')
-
-  class Stripes(tfds.core.GeneratorBasedBuilder):
-    """Ten images made here, stored as TensorFlow Datasets stores CIFAR-10."""
-
-    name = 'stripes'
-    VERSION = tfds.core.Version('1.0.0')
-
-    def _info(self):
-      features = {
-        'image': tfds.features.Image(shape=(40, 40, 3)),
-        'label': tfds.features.ClassLabel(num_classes=10),
-      }
-      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-      return {'train': self._generate_examples()}
-
-    def _generate_examples(self):
-      for i in range(10):
-        file = io.BytesIO()
-        Image.fromarray(np.full((40, 40, 3), 20 * i, np.uint8)).save(file, 'png')
-        file.seek(0)
-        yield i, {'image': file, 'label': i}
-
-  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
-  Stripes(data_dir=tmp_path, file_format='array_record').download_and_prepare()
-  source = datasets.tfds_source(
-    'stripes', 'train', data_dir=tmp_path, transform=lambda image: datasets.resize(image, 32)
-  )
-  examples = [source[i] for i in range(len(source))]
-  assert sorted(example['label'] for example in examples) == list(range(10))
-  for example in examples:
-    np.testing.assert_array_equal(example['image'], np.full((32, 32, 3), 20 * example['label']))
-  import sys
-
-  assert 'tensorflow' not in sys.modules

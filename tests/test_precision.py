@@ -119,7 +119,7 @@ def test_training_in_bfloat16_is_stable_for_200_steps():
   state = parallelism.replicate(state)  # as every later state is: one compilation
   found = []
   for batch in np.split(images, 200):
-    state, step_losses = train_step(state, [batch])
+    state, step_losses = train_step(state, [{'image': batch}])
     found.extend(step_losses)
   assert np.isfinite(found).all()
   assert np.mean(found[-20:]) < 0.15 * np.mean(found[:5])
