@@ -25,13 +25,15 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   None,
-  ['train', 'sample', 'eval', 'stats', 'train_classifier', 'import', 'export'],
+  ['train', 'sample', 'eval', 'stats', 'inspect_data', 'train_classifier', 'import', 'export'],
   'train: train, or resume the training in --workdir where it stopped. '
   'sample: draw images from the run in --workdir, as config.sampling says; '
   'config.sampling.task=inpaint, colorize, superres or class sets the conditioning. '
   'eval: evaluate the checkpoints of the run in --workdir. '
   'stats: compute the statistics of the data with which eval compares samples; needs no '
   '--workdir. '
+  'inspect_data: show in --workdir what the network will see of the data, and print the settings '
+  'that fit them. '
   'train_classifier: train, or resume training, the noise-conditional classifier. '
   'import: start the run in --workdir from a published checkpoint, --checkpoint. '
   'export: write the EMA weights of the run in --workdir as safetensors.',
@@ -127,6 +129,7 @@ def main(argv: list[str]) -> None:
     'sample': lambda: run_lib.sample(config, workdir, _CHECKPOINT_NUMBER.value),
     'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
     'stats': lambda: run_lib.make_stats(config),
+    'inspect_data': lambda: run_lib.inspect_data(config, workdir),
     'train_classifier': lambda: run_lib.train_classifier(config, workdir),
     'import': lambda: run_lib.import_checkpoint(config, workdir, checkpoint),
     'export': lambda: run_lib.export_checkpoint(

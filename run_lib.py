@@ -1,11 +1,13 @@
 """One function for each mode of the program: it checks the configuration, then runs the mode."""
 
 import pathlib
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from modes import convert
 from modes import evaluate as evaluate_mode
+from modes import inspect_data as inspect_mode
 from modes import sample as sample_mode
 from modes import stats as stats_mode
 from modes import train as train_mode
@@ -20,6 +22,7 @@ __all__ = [
   'evaluate',
   'export_checkpoint',
   'import_checkpoint',
+  'inspect_data',
   'make_stats',
   'sample',
   'train',
@@ -105,6 +108,25 @@ def make_stats(config: ConfigDict) -> None:
       the file cannot be written.
   """
   stats_mode.write_stats(_start(config)[0])
+
+
+def inspect_data(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+  """Shows what a network will see of the configured data, before anything is trained on them.
+
+  It writes to `workdir/data/`: `train.png` and `test.png`, grids of the first images;
+  `augmented.png`, images as training sees them; and `report.json`, which it also logs and returns:
+  the number of images and of skipped files, the range, mean and standard deviation of the scaled
+  images, the number of images of each class, images per second, `sigma_max`, and the lines of a
+  configuration for the VE and the VP SDE.
+
+  Args:
+    config: the configuration.
+    workdir: the directory of a run, which need not exist.
+
+  Raises:
+    UserError: the configuration or the data are wrong, or the directory cannot be written to.
+  """
+  return inspect_mode.inspect_data(*_start(config, workdir))
 
 
 def train_classifier(config: ConfigDict, workdir: str | pathlib.Path) -> None:

@@ -74,9 +74,9 @@ def get_default_configs() -> ml_collections.ConfigDict:
   evaluate.stats_path = ''  # statistics of the data; else a file of assets/stats/
   evaluate.stats_split = 'train'
   evaluate.stats_features = True  # keep the features, for KID, precision and recall
-  # How many training images --mode=stats measures sigma_max on, at most 256 MiB: a random sample of
-  # a larger data set; 0 skips it.
-  evaluate.sigma_max_images = 50000
+  # How many training images sigma_max is measured on, at most 1 GiB: a random sample of a larger
+  # data set; 0 skips it.
+  evaluate.sigma_max_images = 100000
 
   config.data = data = ml_collections.ConfigDict()
   data.dataset = 'CIFAR10'

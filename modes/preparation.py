@@ -22,7 +22,18 @@ from runtime import configuration
 from runtime.errors import UserError
 
 # Keys that only some data sets read; a configuration with another data set may keep them.
-_DATA_KEYS = ('tfrecords_path', 'category')
+_DATA_KEYS = (
+  'background',
+  'builder',
+  'category',
+  'crop',
+  'min_side',
+  'num_classes',
+  'resize',
+  'test_fraction',
+  'test_list',
+  'tfrecords_path',
+)
 
 FREQUENCIES = ('log_freq', 'eval_freq', 'snapshot_freq', 'snapshot_freq_for_preemption')
 

@@ -27,7 +27,7 @@ from runtime.workdir import log_start
 _Levels = UInt8[Array, 'N *dims']
 _Rows = UInt8[Array, 'N D']
 
-_SIGMA_MAX_BYTES = 2**28  # of the images whose distances are measured
+_SIGMA_MAX_BYTES = 2**30  # of the images whose distances are measured
 _BLOCK = 4096  # rows of features that are added to the moments at a time
 
 
@@ -35,7 +35,7 @@ def write_stats(config: ConfigDict) -> pathlib.Path:
   """Computes the statistics of `eval.stats_split` and returns the path of their file.
 
   Each image counts once, neither flipped nor dequantized. Features are kept in memory only if the
-  file is to hold them, and at most 256 MiB of training images are, for `sigma_max`.
+  file is to hold them, and at most 1 GiB of training images are, for `sigma_max`.
 
   Raises:
     UserError: if the weights of the extractor or the data are missing, or the file cannot be

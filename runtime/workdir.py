@@ -36,7 +36,8 @@ PyTree = Any
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
-# Where the data are stored and how they are read, which may change: `data.json` guards their content.
+# Where the data are stored and how they are read, which may change: `data.json` guards what they
+# hold.
 STORAGE = (
   'data.path',
   'data.tfrecords_path',

@@ -1,0 +1,42 @@
+"""Defaults for your own pictures: set `data.path`, and perhaps `data.image_size`.
+
+The argument 'laptop', as in `--config=configs/vp/pictures_ddpmpp_continuous.py:laptop`, chooses a
+network and a schedule for two CPU cores.
+"""
+
+import ml_collections
+
+from configs import recipes
+from configs.default_cifar10_configs import get_default_configs as get_cifar10_configs
+
+
+def get_default_configs() -> ml_collections.ConfigDict:
+  """The configuration that experiments with own pictures start from."""
+  config = get_cifar10_configs()
+
+  data = config.data
+  data.dataset = 'ImageFolder'
+  data.path = ''  # a folder, ZIP, NPZ, parquet or arrow file
+  data.image_size = 32
+  data.num_channels = 3  # 1: grey
+  data.random_flip = True  # False where left and right differ in meaning, as for letters
+  data.crop = 'center'  # or 'random', 'none'
+  data.resize = 'bilinear'  # or 'bicubic', 'lanczos', 'box'
+  return config
+
+
+def sized(config: ml_collections.ConfigDict, size: str) -> ml_collections.ConfigDict:
+  """Shrinks the configuration if `size` is 'laptop'.
+
+  Raises:
+    ValueError: if `size` is neither 'full' nor 'laptop'.
+  """
+  if size not in ('full', 'laptop'):
+    raise ValueError(f"The argument {size!r} is unknown: use 'full' or 'laptop'.")
+  if size == 'laptop':
+    recipes.laptop(config)
+    config.model.nf = 32
+    config.model.attn_resolutions = (8,)
+    config.eval.extractor = 'pixels'
+    config.eval.num_samples = 1000
+  return config
