@@ -2,9 +2,9 @@
 
 python -m benchmarks.data
 
-It makes pictures in a temporary folder and prints, as medians of rounds in which the compared things
-alternate: batches from the cache at 32 and 256 pixels beside a bare copy of the same bytes in
-memory, and the building of a cache from JPEG files beside bare decoding with Pillow on all cores.
+It makes pictures in a temporary folder and prints, as medians of rounds in which the compared
+things alternate: batches from the cache at 32 and 256 pixels beside a bare copy of the same bytes
+in memory, and the building of a cache from JPEG files beside bare decoding by Pillow on all cores.
 """
 
 import io
@@ -21,11 +21,11 @@ from absl import app, flags
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from PIL import Image
+from sources.array_pictures import ArrayPictures
 
 import datasets
-from benchmarks.training import cores
+from runtime.startup import available_cores
 from sources import cache
-from sources.array_pictures import ArrayPictures
 from sources.framing import Framing
 from sources.stores import FolderStore, PictureFiles
 
@@ -109,7 +109,7 @@ def building(folder: pathlib.Path, count: int, size: int) -> dict[str, float]:
   def bare() -> float:
     paths = sorted(root.iterdir())
     start = time.perf_counter()
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
       sum(pool.map(decode, paths, chunksize=1))
     return count / (time.perf_counter() - start)
 

@@ -1,4 +1,4 @@
-"""`--mode=inspect_data`: what a network will see of the data, before anything is trained on them."""
+"""`--mode=inspect_data`: what a network will see of the data, before any training."""
 
 import itertools
 import json

@@ -87,5 +87,12 @@ def _cpu_devices(config: ConfigDict) -> int:
   sizes = [config.get(section, {}).get('batch_size', 1) for section in sections]
   if not all(isinstance(size, int) for size in sizes):
     return 1  # the configuration is refused later, with a sentence
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-  return max(n for n in range(1, min(cores, 4) + 1) if not any(size % n for size in sizes))
+  most = min(available_cores(), 4)
+  return max(n for n in range(1, most + 1) if not any(size % n for size in sizes))
+
+
+def available_cores() -> int:
+  """The number of processor cores that this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1

@@ -38,6 +38,7 @@ from PIL import Image
 
 from runtime import npz_file, reporting
 from runtime.errors import UserError
+from runtime.startup import available_cores
 from sources.base import BadPicture, Example, Pictures
 from sources.framing import Framing
 
@@ -275,8 +276,7 @@ class _Builder:
   def __init__(self, folder: pathlib.Path, pictures: Pictures, framing: Framing, data: ConfigDict):
     self._folder, self._pictures, self._framing = folder, pictures, framing
     self._max_bad = data.max_bad
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    self._threads = data.num_workers or cores or 1
+    self._threads = data.num_workers or available_cores()
     count = len(pictures)
     of_bytes = _SHARD_BYTES // (framing.size**2 * data.num_channels)
     self._step = max(1, min(of_bytes, -(-count // _SHARDS)))

@@ -169,9 +169,15 @@ def assert_close_run(workdir, reference):
   assert max(differences) <= 1  # grey levels
 
 
+def test_images_on_the_devices_and_reading_threads_train_the_same_run(uninterrupted, tmp_path):
+  run(tmp_path, '--config.data.on_device=True', '--config.training.n_iters=20')
+  run(tmp_path, '--config.data.num_workers=3')
+  assert_same_run(tmp_path, uninterrupted)
+
+
 @pytest.mark.slow
 def test_eight_devices_give_the_result_of_one_and_can_hand_over(uninterrupted, tmp_path):
-  run(tmp_path, '--config.training.n_iters=10', devices=8)
+  run(tmp_path, '--config.training.n_iters=10', '--config.data.on_device=True', devices=8)
   run(tmp_path, devices=1)  # one device resumes from a checkpoint of eight
   assert_close_run(tmp_path, uninterrupted)
   run(tmp_path, '--config.training.n_iters=41', devices=8)  # and back
