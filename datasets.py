@@ -244,7 +244,9 @@ def take(inputs: Inputs, table: Table) -> Inputs:
   """Inside the compiled step: the batch that `Dataset.inputs` stands for."""
   if table is None:
     return inputs
-  return {key: values[inputs['index']] for key, values in table.items()}
+  batch = {key: values[inputs['index']] for key, values in table.items()}
+  # So that what follows is compiled as it is for a batch that travels, and rounds alike.
+  return jax.lax.optimization_barrier(batch)
 
 
 @dataclasses.dataclass(frozen=True)
