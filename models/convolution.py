@@ -24,7 +24,10 @@ Kernel = Float[Array, 'h w I O']
 Dilation = tuple[int, int]
 
 _DIMENSION_NUMBERS = ('NHWC', 'HWIO', 'NHWC')
-_PATCH_BYTES = 2**21  # of one group of images in the weight gradient; more would leave the cache
+# Of one group of images in the weight gradient: more bytes would leave the cache, and fewer rows
+# would make too short a matrix product.
+_PATCH_BYTES = 2**19
+_PATCH_ROWS = 128
 
 
 def conv_general_dilated(
@@ -150,30 +153,35 @@ def _weight_grad_local(
   kernel_shape: tuple[int, ...],
   dilation: Dilation,
 ) -> Float[Array, 'h w I O']:
-  """Sum of patches^T dy in single precision, over the patches of one group of images at a time."""
+  """Sum of dy^T patches in single precision, over the patches of one group of images at a time.
+
+  The patches are the second factor, and dy, which is smaller, is the one that is transposed: with
+  patches^T dy every patch would be copied once more.
+  """
   batch, height, width, channels = x.shape
   kernel_h, kernel_w, _, features = kernel_shape
   pads = tuple((d * (n // 2),) * 2 for d, n in zip(dilation, (kernel_h, kernel_w), strict=True))
   bytes_per_image = height * width * kernel_h * kernel_w * channels * x.dtype.itemsize
-  size = _group_size(batch, max(1, _PATCH_BYTES // bytes_per_image))
+  images = max(_PATCH_BYTES // bytes_per_image, -(-_PATCH_ROWS // (height * width)))
+  size = _group_size(batch, images)
 
-  def taps_of(x):  # (g, H, W, C) -> (kh kw, g H W, C); faster than patches (g H W, kh kw C)
+  def patches_of(x):  # (g, H, W, C) -> (g H W, kh kw C)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     taps = [
-      x[:, i * dilation[0] :][:, :height, j * dilation[1] :][:, :, :width]
+      x[:, i * dilation[0] :, j * dilation[1] :][:, :height, :width]
       for i in range(kernel_h)
       for j in range(kernel_w)
     ]
-    return jnp.stack(taps).reshape(kernel_h * kernel_w, -1, channels)
+    return jnp.concatenate(taps, -1).reshape(-1, kernel_h * kernel_w * channels)
 
   def accumulate(i, total):
     # Sliced here, since an array regrouped before the loop would be one more copy in memory.
     x_group, dy_group = (lax.dynamic_slice_in_dim(a, i * size, size) for a in (x, dy))
-    taps, dy_rows = taps_of(x_group), dy_group.reshape(-1, features)
-    return total + jnp.einsum('knc,no->kco', taps, dy_rows, preferred_element_type=total.dtype)
+    dy_columns = dy_group.reshape(-1, features).T
+    return total + jnp.matmul(dy_columns, patches_of(x_group), preferred_element_type=total.dtype)
 
-  zero = jnp.zeros((kernel_h * kernel_w, channels, features), jnp.float32)
-  return lax.fori_loop(0, batch // size, accumulate, zero).reshape(kernel_shape)
+  zero = jnp.zeros((features, kernel_h * kernel_w * channels), jnp.float32)
+  return lax.fori_loop(0, batch // size, accumulate, zero).T.reshape(kernel_shape)
 
 
 def _group_size(batch: int, limit: int) -> int:
