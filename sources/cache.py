@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, SupportsIndex
 
-import google_crc32c
+import crc32c
 import numpy as np
 import tqdm
 from absl import logging
@@ -155,7 +155,7 @@ class CachedPictures:
     if number not in self._mapped:
       path = self.folder / f'shard_{number:05d}.bin'
       pixels = _map(path)
-      if google_crc32c.value(memoryview(pixels)) != self.checksums[number]:
+      if crc32c.crc32c(pixels) != self.checksums[number]:
         raise UserError(
           f'{path} is damaged: remove the folder {self.folder} and rerun the same command, which '
           f'makes it again.'
@@ -256,9 +256,9 @@ class _Shard:
     digest: SHA-256 of the pixels.
   """
 
-  shapes: list[tuple[int, int]]
-  labels: list[int]
-  skipped: list[tuple[str, str]]
+  shapes: Sequence[Sequence[int]]
+  labels: Sequence[int]
+  skipped: Sequence[Sequence[str]]
   checksum: int
   digest: str
 
@@ -280,7 +280,7 @@ class _Builder:
     count = len(pictures)
     of_bytes = _SHARD_BYTES // (framing.size**2 * data.num_channels)
     self._step = max(1, min(of_bytes, -(-count // _SHARDS)))
-    self._bad: list[tuple[str, str]] = []
+    self._bad: list[Sequence[str]] = []
     self._lock = threading.Lock()
 
   def build(self, title: str) -> None:
@@ -330,14 +330,14 @@ class _Builder:
       shapes=shapes,
       labels=labels,
       skipped=skipped,
-      checksum=google_crc32c.value(pixels),
+      checksum=crc32c.crc32c(pixels),
       digest=hashlib.sha256(pixels).hexdigest(),
     )
     reporting.write_atomic(path, pixels)
     reporting.write_atomic(record, json.dumps(dataclasses.asdict(shard)).encode())
     return shard
 
-  def _count_bad(self, skipped: Sequence[tuple[str, str]]) -> None:
+  def _count_bad(self, skipped: Sequence[Sequence[str]]) -> None:
     with self._lock:
       self._bad += skipped
       if len(self._bad) > self._max_bad:
@@ -379,7 +379,7 @@ class _Builder:
     )
 
 
-def summary(skipped: Sequence[tuple[str, str]], examples: int = 3) -> str:
+def summary(skipped: Sequence[Sequence[str]], examples: int = 3) -> str:
   """How many files are skipped for each reason, with the names of the first ones."""
   counts = Counter(reason for _, reason in skipped)
 

@@ -7,6 +7,7 @@ import abc
 import collections
 import dataclasses
 import hashlib
+import json
 import mimetypes
 import os
 import pathlib
@@ -31,6 +32,11 @@ SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif')
 STORES = Registry('store of pictures')
 register_store = STORES.register
 
+STORES.locate('sources.npz', 'an NPZ file')
+STORES.locate('sources.parquet', 'a parquet or arrow file')
+
+MAX_BYTES = 2**30  # of one encoded picture: what claims more is refused unread
+
 
 class File(NamedTuple):
   """An encoded picture.
@@ -52,7 +58,13 @@ class File(NamedTuple):
 
 
 class Store(abc.ABC):
-  """Encoded pictures by name. Several threads read at once."""
+  """Encoded pictures by name. Several threads read at once.
+
+  Attributes:
+    class_names: the names of the labels of its files, if it knows them.
+  """
+
+  class_names: Sequence[str] = ()
 
   @classmethod
   @abc.abstractmethod
@@ -74,6 +86,14 @@ class Store(abc.ABC):
     Raises:
       BadPicture: if they cannot be read.
     """
+
+  def decode(self, file: File, num_channels: int, background: str) -> UInt8[np.ndarray, 'H W C']:
+    """The picture in a file, by the rules of `sources.pictures`.
+
+    Raises:
+      BadPicture: if it cannot be used.
+    """
+    return pictures.decode(self.read(file), num_channels, background)
 
 
 def open_store(path: str | os.PathLike[str]) -> Store:
@@ -180,6 +200,17 @@ def _fault(entry: os.DirEntry) -> str | None:
   return '' if status.st_size else 'empty file'
 
 
+_UNREADABLE = (
+  OSError,
+  EOFError,
+  NotImplementedError,  # an unknown kind of compression
+  RuntimeError,  # encrypted
+  ValueError,
+  zipfile.BadZipFile,
+  zlib.error,
+)
+
+
 @register_store(name='a ZIP file')
 class ZipStore(Store):
   """The pictures in a ZIP file; a single folder around all of them is left out of their names.
@@ -206,14 +237,29 @@ class ZipStore(Store):
     return path.suffix.lower() == '.zip'
 
   def files(self) -> list[File]:
-    """See `Store`."""
-    files = []
+    """See `Store`; `dataset.json`, as the tools of StyleGAN and EDM write it, gives the labels."""
+    labels, files = self._labels(), []
     for name, info in self._members.items():
       fault = fault_of(name)
       if fault is not None:
-        fault = fault or ('' if info.file_size else 'empty file')
-        files.append(File(name.removeprefix(self._prefix), info.file_size, info.CRC, fault))
-    return sorted(files)
+        short = name.removeprefix(self._prefix)
+        fault = fault or _fault_of_member(info)
+        files.append(File(short, info.file_size, info.CRC, fault, labels.get(short)))
+    return sorted(files, key=lambda file: file.name)
+
+  def _labels(self) -> dict[str, int]:
+    """Labels by the names of files in `dataset.json`; {} if there are none."""
+    name = f'{self._prefix}dataset.json'
+    if name not in self._members:
+      return {}
+    try:
+      content = json.loads(self.read(File('dataset.json')))
+      return {str(file): int(label) for file, label in content.get('labels') or []}
+    except (BadPicture, ValueError, TypeError, AttributeError, RecursionError) as error:
+      raise UserError(
+        f"its dataset.json is not of the form {{'labels': [['name.png', 3], ...]}} ({error}): mend "
+        f'or remove it.'
+      ) from error
 
   def read(self, file: File) -> bytes:
     """The bytes of a file, which are checked against the checksum in the archive."""
@@ -230,6 +276,14 @@ class ZipStore(Store):
       RuntimeError,
     ) as error:
       raise BadPicture(f'damaged in the archive: {error}') from error
+
+
+def _fault_of_member(info: zipfile.ZipInfo) -> str:
+  if info.flag_bits & 1:
+    return 'encrypted'
+  if info.file_size > MAX_BYTES:
+    return f'more than {MAX_BYTES:,} bytes'
+  return '' if info.file_size else 'empty file'
 
 
 def _common_folder(names: Sequence[str]) -> str:
@@ -283,6 +337,5 @@ class PictureFiles:
 
   def read(self, i: int) -> tuple[UInt8[np.ndarray, 'H W C'], int]:
     """Decodes picture number `i` by the rules of `sources.pictures`; returns it and its label."""
-    content = self.store.read(self.files[i])
-    pixels = pictures.decode(content, self.num_channels, self.background)
+    pixels = self.store.decode(self.files[i], self.num_channels, self.background)
     return pixels, self.labels[i] if len(self.labels) else 0
