@@ -25,13 +25,15 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   None,
-  ['train', 'sample', 'eval', 'stats', 'train_classifier', 'import', 'export'],
+  ['train', 'sample', 'eval', 'stats', 'prepare_data', 'train_classifier', 'import', 'export'],
   'train: train, or resume the training in --workdir where it stopped. '
   'sample: draw images from the run in --workdir, as config.sampling says; '
   'config.sampling.task=inpaint, colorize, superres or class sets the conditioning. '
   'eval: evaluate the checkpoints of the run in --workdir. '
   'stats: compute the statistics of the data with which eval compares samples; needs no '
   '--workdir. '
+  'prepare_data: download the data set if a program can, convert it to the cache in '
+  'data.cache_dir and verify it; needs no --workdir. '
   'train_classifier: train, or resume training, the noise-conditional classifier. '
   'import: start the run in --workdir from a published checkpoint, --checkpoint. '
   'export: write the EMA weights of the run in --workdir as safetensors.',
@@ -127,6 +129,7 @@ def main(argv: list[str]) -> None:
     'sample': lambda: run_lib.sample(config, workdir, _CHECKPOINT_NUMBER.value),
     'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
     'stats': lambda: run_lib.make_stats(config),
+    'prepare_data': lambda: run_lib.prepare_data(config),
     'train_classifier': lambda: run_lib.train_classifier(config, workdir),
     'import': lambda: run_lib.import_checkpoint(config, workdir, checkpoint),
     'export': lambda: run_lib.export_checkpoint(
@@ -174,7 +177,7 @@ if __name__ == '__main__':
   flags.mark_flags_as_required(['config', 'mode'])
   flags.register_multi_flags_validator(
     ['workdir', 'mode'],
-    lambda given: bool(given['workdir']) or given['mode'] == 'stats',
+    lambda given: bool(given['workdir']) or given['mode'] in ('stats', 'prepare_data'),
     'Flag --workdir must name a directory.',
   )
   app.run(main, flags_parser=parse_flags)

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from modes import convert
 from modes import evaluate as evaluate_mode
+from modes import prepare_data as prepare_data_mode
 from modes import sample as sample_mode
 from modes import stats as stats_mode
 from modes import train as train_mode
@@ -21,6 +22,7 @@ __all__ = [
   'export_checkpoint',
   'import_checkpoint',
   'make_stats',
+  'prepare_data',
   'sample',
   'train',
   'train_classifier',
@@ -105,6 +107,19 @@ def make_stats(config: ConfigDict) -> None:
       the file cannot be written.
   """
   stats_mode.write_stats(_start(config)[0])
+
+
+def prepare_data(config: ConfigDict) -> None:
+  """Downloads the configured data set if a program can, converts it to the cache and verifies it.
+
+  Args:
+    config: the configuration, of which `data` is read.
+
+  Raises:
+    UserError: the configuration is wrong, or files are damaged or are missing and no program can
+      get them.
+  """
+  prepare_data_mode.prepare_data(_start(config)[0])
 
 
 def train_classifier(config: ConfigDict, workdir: str | pathlib.Path) -> None:

@@ -10,7 +10,11 @@ from sources.base import Pictures, register_dataset
 from sources.framing import Framing
 from sources.stores import PictureFiles, open_store
 
-_ARCHIVE, _FOLDER, _PARTITIONS = 'img_align_celeba.zip', 'img_align_celeba', 'list_eval_partition.txt'
+_ARCHIVE, _FOLDER, _PARTITIONS = (
+  'img_align_celeba.zip',
+  'img_align_celeba',
+  'list_eval_partition.txt',
+)
 _NAMES = (_ARCHIVE, _FOLDER, _PARTITIONS)
 # Published numbers are of the validation partition, 1, rather than of the test partition, 2.
 _NUMBERS = {'train': 0, 'test': 1}

@@ -80,9 +80,7 @@ def _from_archive(data: ConfigDict, split: str, name: str) -> Pictures:
       ) from error
     absent = [member for member in wanted if member not in contents]
     if absent:
-      raise UserError(
-        f'{path} has no file {absent[0]}: get {published.FILES[name].address} again.'
-      )
+      raise UserError(f'{path} has no file {absent[0]}: get {published.FILES[name].address} again.')
     return _decode({f'{path}, {member}': contents[member] for member in wanted}, name, key=key)
 
   key = f'CIFAR-10 {split} {published.FILES[_BINARY].checksum}'

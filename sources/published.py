@@ -2,9 +2,9 @@
 
 A file is looked for where `data.path` says (the file itself or the folder that has it), and then in
 the folder `downloads` of the cache. A data set opens its files only if its cache is not complete, so
-that a prepared cache is enough to train. If a file is then missing but can be had by a program, the
-data set raises `NotFetched`, and nothing is downloaded without being asked for: `--mode=prepare_data`
-calls the error's method `fetch` and tries again; every other mode ends with the error's sentence.
+that a prepared cache is enough to train. If a file is then missing but a program can get it, the
+data set raises `NotFetched`. Nothing is downloaded without being asked for: `--mode=prepare_data`
+calls the method `fetch` of the error and tries again, and other modes end with its sentence.
 """
 
 import dataclasses
@@ -118,7 +118,7 @@ def folder_of(data: ConfigDict, names: Iterable[str]) -> pathlib.Path:
     UserError: if `data.path` is a file, but none of these.
   """
   if not data.path:
-    return _downloads(data)
+    return downloads(data)
   path = pathlib.Path(data.path).expanduser()
   if path.name in names:
     return path.parent
@@ -136,11 +136,12 @@ def find(data: ConfigDict, name: str, names: Iterable[str]) -> pathlib.Path | No
   Raises:
     UserError: if `data.path` is a file, but none of these.
   """
-  folders = folder_of(data, names), _downloads(data)
+  folders = folder_of(data, names), downloads(data)
   return next((folder / name for folder in folders if (folder / name).exists()), None)
 
 
-def _downloads(data: ConfigDict) -> pathlib.Path:
+def downloads(data: ConfigDict) -> pathlib.Path:
+  """The folder that files are downloaded to if `data.path` is empty."""
   return cache_folder(data) / 'downloads'
 
 
@@ -251,7 +252,7 @@ def _difference(file: PublishedFile, path: pathlib.Path) -> str:
     return ''
   method, _, published = file.checksum.partition(':')
   digest = hashlib.new(method, usedforsecurity=False)
-  with path.open('rb') as opened, _bar(f'verifying {file.name}', size) as bar:
+  with path.open('rb') as opened, progress(f'verifying {file.name}', size) as bar:
     while block := opened.read(_BLOCK):
       digest.update(block)
       bar.update(len(block))
@@ -263,9 +264,16 @@ def _difference(file: PublishedFile, path: pathlib.Path) -> str:
   )
 
 
-def _bar(title: str, total: int | None, done: int = 0) -> tqdm.tqdm:
+def progress(title: str, total: int | None, done: int = 0) -> tqdm.tqdm:
+  """A progress bar that counts bytes."""
   return tqdm.tqdm(
-    desc=title, total=total, initial=done, unit='B', unit_scale=True, unit_divisor=1024, disable=None
+    desc=title,
+    total=total,
+    initial=done,
+    unit='B',
+    unit_scale=True,
+    unit_divisor=1024,
+    disable=None,
   )
 
 
@@ -326,7 +334,7 @@ def _receive(file: PublishedFile, part: pathlib.Path) -> None:
       done = 0
     length = response.headers['Content-Length']
     total = done + int(length) if length else None
-    with part.open('ab' if continues else 'wb') as opened, _bar(file.name, total, done) as bar:
+    with part.open('ab' if continues else 'wb') as opened, progress(file.name, total, done) as bar:
       while block := response.read(_BLOCK):
         opened.write(block)
         bar.update(len(block))
