@@ -154,7 +154,7 @@ class CachedPictures:
     if number not in self._mapped:
       path = self.folder / f'shard_{number:05d}.bin'
       pixels = _map(path)
-      if google_crc32c.value(memoryview(pixels)) != self.checksums[number]:
+      if google_crc32c.value(pixels) != self.checksums[number]:
         raise UserError(
           f'{path} is damaged: remove the folder {self.folder} and rerun the same command, which '
           f'makes it again.'

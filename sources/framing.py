@@ -75,7 +75,9 @@ def resize(
   return np.asarray(resized).reshape(height, width, image.shape[-1])
 
 
-def resize_small(image: _Picture, resolution: int, method: str = 'bilinear') -> _Picture:
+def resize_small(
+  image: _Picture, resolution: int, method: str = 'bilinear'
+) -> UInt8[np.ndarray, 'h w C']:
   """Shrinks an image, uint8 (H, W, C), until its smaller side has `resolution` pixels."""
   height, width = image.shape[:2]
   ratio = resolution / min(height, width)
