@@ -1,4 +1,4 @@
-"""`--mode=prepare_data`: gets the files of a data set, converts them to the cache and verifies it."""
+"""`--mode=prepare_data`: gets the files of a data set, fills the cache and verifies it."""
 
 import pathlib
 

@@ -5,7 +5,7 @@ import pathlib
 import pickle
 import tarfile
 import zlib
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Integer, UInt8
@@ -163,8 +163,8 @@ def _check(levels: _Levels, labels: _Labels) -> None:
       raise ValueError(f'it has a label {label}, not in 0 to {len(CLASS_NAMES) - 1}')
 
 
-# The Python archive holds pickles of Python 2, and a pickle is a program that may call any function.
-# The following classes stand for the three names that those of CIFAR-10 use; no others are allowed.
+# The Python archive holds pickles of Python 2, and a pickle is a program that may call any
+# function. What follows stands for the three names that those of CIFAR-10 use; others are refused.
 
 
 class _NumberType:
@@ -197,7 +197,7 @@ class _Array:
 class _Unpickler(pickle.Unpickler):
   """Reads a batch of the Python archive without running anything that it names."""
 
-  _ALLOWED = {  # noqa: RUF012
+  _ALLOWED: ClassVar = {
     ('numpy', 'dtype'): _NumberType,
     ('numpy', 'ndarray'): None,
     ('numpy.core.multiarray', '_reconstruct'): _Array,

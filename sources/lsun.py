@@ -8,7 +8,7 @@ import threading
 import weakref
 import zipfile
 import zlib
-from typing import Any
+from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
@@ -142,7 +142,7 @@ class LmdbStore(Store):
   """
 
   # LMDB forbids a process to open a data base twice.
-  _opened = weakref.WeakValueDictionary()
+  _opened: ClassVar = weakref.WeakValueDictionary()
   _lock = threading.Lock()
 
   def __init__(self, path: pathlib.Path):
@@ -170,8 +170,8 @@ class LmdbStore(Store):
       if size < needed:
         opened.close()
         raise UserError(
-          f'{path / "data.mdb"} is truncated, since it has {size:,} of {needed:,} bytes: extract it '
-          f'again.'
+          f'{path / "data.mdb"} is truncated, since it has {size:,} of {needed:,} bytes: extract '
+          f'it again.'
         )
       cls._opened[real] = opened
       return opened

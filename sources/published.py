@@ -1,8 +1,8 @@
 """The files in which authors publish their data sets: where they are, and whether they are intact.
 
 A file is looked for where `data.path` says (the file itself or the folder that has it), and then in
-the folder `downloads` of the cache. A data set opens its files only if its cache is not complete, so
-that a prepared cache is enough to train. If a file is then missing but a program can get it, the
+the folder `downloads` of the cache. A data set opens its files only while its cache is incomplete,
+so that a prepared cache is enough to train. If a file is then missing but a program can get it, the
 data set raises `NotFetched`. Nothing is downloaded without being asked for: `--mode=prepare_data`
 calls the method `fetch` of the error and tries again, and other modes end with its sentence.
 """

@@ -113,12 +113,12 @@ def prepared_tfds(
     )
   name = tfds_train if split == 'train' else tfds_test
   opened, examples = _open(builder, name, os.path.expanduser(path) or None)
-  labels = opened.info.features.get('label')
+  features = opened.info.features
   pictures = _TFDSPictures(
     examples,
     title=f'{opened.info.full_name}, {name}',
     key=f'{_key(pathlib.Path(opened.data_dir))} {name}',
-    class_names=tuple(getattr(labels, 'names', ())),
+    class_names=tuple(getattr(features['label'], 'names', ())) if 'label' in features else (),
   )
   framing = Framing(config.data.image_size, crop=crop, resize=resize)
   return cache.prepared(config.data, split, pictures, framing)

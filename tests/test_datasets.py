@@ -1,6 +1,5 @@
 """Data: determinism, sharing between processes, and what reaches the network."""
 
-import io
 import pathlib
 
 import jax
@@ -11,7 +10,6 @@ from PIL import Image
 import datasets
 from configs.vp import mnist_ddpmpp_continuous
 from runtime.errors import UserError
-from sources import tensorflow_datasets
 
 
 @pytest.fixture
@@ -237,77 +235,3 @@ def test_resize_is_the_identity_at_its_size_and_keeps_constants():
   image = np.full((48, 48, 3), 77, np.uint8)
   assert datasets.resize(image, 48) is image
   np.testing.assert_array_equal(datasets.resize(image, 32), np.full((32, 32, 3), 77, np.uint8))
-
-
-@pytest.mark.parametrize(
-  ('dataset', 'builder', 'split', 'stored', 'size', 'crop'),
-  [
-    ('SVHN', 'svhn_cropped', 'test', (32, 32), 32, (32, 32)),
-    ('CELEBA', 'celeb_a', 'validation', (218, 178), 64, (140, 140)),
-    ('LSUN', 'lsun/church_outdoor', 'validation', (256, 300), 256, (256, 256)),
-  ],
-)
-def test_image_is_the_centre_of_the_stored_one(
-  dataset, builder, split, stored, size, crop, config, monkeypatch
-):
-  image = np.full((*stored, 3), 255, np.uint8)
-  top, left = ((n - m) // 2 for n, m in zip(stored, crop, strict=True))
-  image[top : top + crop[0], left : left + crop[1]] = 100
-  opened = []
-
-  def tfds_source(name, split, transform):
-    opened.append((name, split))
-    return datasets.TFDSSource([{'image': image}], transform)
-
-  monkeypatch.setattr(tensorflow_datasets, 'tfds_source', tfds_source)
-  with config.data.unlocked():
-    config.data.update(dataset=dataset, image_size=size, num_channels=3, category='church_outdoor')
-  _, test, _ = datasets.get_dataset(config)
-  assert opened == [(builder, 'train'), (builder, split)]
-  np.testing.assert_array_equal(test.source[0]['image'], np.full((size, size, 3), 100))
-
-
-def test_lsun_without_a_category_is_refused(config):
-  config.data.dataset = 'LSUN'
-  with pytest.raises(UserError, match='needs a data.category'):
-    datasets.get_dataset(config)
-
-
-def test_tensorflow_datasets_are_read_without_tensorflow(tmp_path, monkeypatch):
-  tfds = pytest.importorskip('tensorflow_datasets')
-
-  class Stripes(tfds.core.GeneratorBasedBuilder):
-    """Ten images made here, stored as TensorFlow Datasets stores CIFAR-10."""
-
-    name = 'stripes'
-    VERSION = tfds.core.Version('1.0.0')
-
-    def _info(self):
-      features = {
-        'image': tfds.features.Image(shape=(40, 40, 3)),
-        'label': tfds.features.ClassLabel(num_classes=10),
-      }
-      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-      return {'train': self._generate_examples()}
-
-    def _generate_examples(self):
-      for i in range(10):
-        file = io.BytesIO()
-        Image.fromarray(np.full((40, 40, 3), 20 * i, np.uint8)).save(file, 'png')
-        file.seek(0)
-        yield i, {'image': file, 'label': i}
-
-  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
-  Stripes(data_dir=tmp_path, file_format='array_record').download_and_prepare()
-  source = datasets.tfds_source(
-    'stripes', 'train', data_dir=tmp_path, transform=lambda image: datasets.resize(image, 32)
-  )
-  examples = [source[i] for i in range(len(source))]
-  assert sorted(example['label'] for example in examples) == list(range(10))
-  for example in examples:
-    np.testing.assert_array_equal(example['image'], np.full((32, 32, 3), 20 * example['label']))
-  import sys
-
-  assert 'tensorflow' not in sys.modules
