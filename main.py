@@ -25,7 +25,17 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   None,
-  ['train', 'sample', 'eval', 'stats', 'inspect_data', 'train_classifier', 'import', 'export'],
+  [
+    'train',
+    'sample',
+    'eval',
+    'stats',
+    'prepare_data',
+    'inspect_data',
+    'train_classifier',
+    'import',
+    'export',
+  ],
   'train: train, or resume the training in --workdir where it stopped. '
   'sample: draw images from the run in --workdir, as config.sampling says; '
   'config.sampling.task=inpaint, colorize, superres or class sets the conditioning. '
@@ -34,6 +44,8 @@ _MODE = flags.DEFINE_enum(
   '--workdir. '
   'inspect_data: show in --workdir what the network will see of the data, and print the settings '
   'that fit them. '
+  'prepare_data: download the data set if a program can, convert it to the cache in '
+  'data.cache_dir and verify it; needs no --workdir. '
   'train_classifier: train, or resume training, the noise-conditional classifier. '
   'import: start the run in --workdir from a published checkpoint, --checkpoint. '
   'export: write the EMA weights of the run in --workdir as safetensors.',
@@ -130,6 +142,7 @@ def main(argv: list[str]) -> None:
     'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
     'stats': lambda: run_lib.make_stats(config),
     'inspect_data': lambda: run_lib.inspect_data(config, workdir),
+    'prepare_data': lambda: run_lib.prepare_data(config),
     'train_classifier': lambda: run_lib.train_classifier(config, workdir),
     'import': lambda: run_lib.import_checkpoint(config, workdir, checkpoint),
     'export': lambda: run_lib.export_checkpoint(
@@ -177,7 +190,7 @@ if __name__ == '__main__':
   flags.mark_flags_as_required(['config', 'mode'])
   flags.register_multi_flags_validator(
     ['workdir', 'mode'],
-    lambda given: bool(given['workdir']) or given['mode'] == 'stats',
+    lambda given: bool(given['workdir']) or given['mode'] in ('stats', 'prepare_data'),
     'Flag --workdir must name a directory.',
   )
   app.run(main, flags_parser=parse_flags)

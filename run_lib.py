@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from modes import convert
 from modes import evaluate as evaluate_mode
 from modes import inspect_data as inspect_mode
+from modes import prepare_data as prepare_data_mode
 from modes import sample as sample_mode
 from modes import stats as stats_mode
 from modes import train as train_mode
@@ -24,6 +25,7 @@ __all__ = [
   'import_checkpoint',
   'inspect_data',
   'make_stats',
+  'prepare_data',
   'sample',
   'train',
   'train_classifier',
@@ -127,6 +129,19 @@ def inspect_data(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, A
     UserError: the configuration or the data are wrong, or the directory cannot be written to.
   """
   return inspect_mode.inspect_data(*_start(config, workdir))
+
+
+def prepare_data(config: ConfigDict) -> None:
+  """Downloads the configured data set if a program can, converts it to the cache and verifies it.
+
+  Args:
+    config: the configuration, of which `data` is read.
+
+  Raises:
+    UserError: the configuration is wrong, or files are damaged or are missing and no program can
+      get them.
+  """
+  prepare_data_mode.prepare_data(_start(config)[0])
 
 
 def train_classifier(config: ConfigDict, workdir: str | pathlib.Path) -> None:

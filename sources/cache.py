@@ -200,6 +200,9 @@ def prepared(data: ConfigDict, split: str, pictures: Pictures, framing: Framing)
   digest = hashlib.sha256(json.dumps(about).encode(errors='surrogatepass')).hexdigest()[:16]
   folder = cache_folder(data) / f'{data.dataset}-{split}-{digest}'
   if not (folder / 'index.npz').exists():
+    len(
+      pictures
+    )  # opens what is opened late, so that a missing file is told before a folder is made
     reporting.check_writable(folder, 'data.cache_dir')
     with _locked(folder):
       if not (folder / 'index.npz').exists():  # another process may have made it meanwhile

@@ -1,17 +1,21 @@
 """Data sets that TensorFlow Datasets has prepared, read without TensorFlow."""
 
 import dataclasses
+import hashlib
+import json
+import os
 import pathlib
-from collections.abc import Callable
-from typing import SupportsIndex
+from collections.abc import Callable, Sequence
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
 from ml_collections import ConfigDict
 
 from runtime.errors import UserError
-from sources.base import Example, Source, register_dataset
-from sources.pixels import central_crop, resize
+from sources import cache
+from sources.base import BadPicture, Example, Source, register_dataset
+from sources.framing import Framing
 
 Transform = Callable[[Shaped[np.ndarray, 'H W C']], UInt8[np.ndarray, 'size size C']]
 
@@ -49,7 +53,7 @@ def tfds_source(
   *,
   data_dir: str | pathlib.Path | None = None,
 ) -> TFDSSource:
-  """Opens a data set of TensorFlow Datasets, preparing it first if necessary.
+  """Opens a data set that TensorFlow Datasets has prepared; it never prepares one.
 
   Args:
     name: of the builder.
@@ -58,71 +62,105 @@ def tfds_source(
     data_dir: folder of the data sets; None takes TFDS_DATA_DIR or ~/tensorflow_datasets.
 
   Raises:
-    UserError: if the data set has not been prepared and cannot be prepared on this machine.
+    UserError: if the data set has not been prepared.
   """
+  return TFDSSource(_open(name, split, data_dir)[1], transform)
+
+
+def _open(name: str, split: str, data_dir: str | pathlib.Path | None) -> tuple[Any, Any]:
+  """The builder of a prepared data set, and the examples of a split."""
   # Imported here, because the import takes seconds and most runs do without it.
   import tensorflow_datasets as tfds
 
-  builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
+  where = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
   try:
-    builder.download_and_prepare()
-    source = builder.as_data_source(split)
+    builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
+    return builder, builder.as_data_source(split)
   except Exception as error:
+    reason = (str(error) or type(error).__name__).strip().splitlines()[0]
     raise UserError(
-      f'The data set {name!r} is not in {builder.data_dir} and could not be prepared '
-      f'({type(error).__name__}: {str(error).splitlines()[0] if str(error) else "no message"}): '
-      f'run `tfds build {name} --file_format=array_record` on a machine with internet access and '
-      f'copy the result to this folder, or set TFDS_DATA_DIR to the folder that has it.'
+      f'The split {split!r} of {name!r} is not prepared in {where} ({reason}): run `tfds build '
+      f'{name} --file_format=array_record` on a machine with TensorFlow and copy the result to '
+      f'this folder, or set data.path to the folder that has it.'
     ) from error
-  return TFDSSource(source, transform)
 
 
-@register_dataset(name='CIFAR10')
-def cifar10(config: ConfigDict, split: str) -> TFDSSource:
-  """CIFAR-10 through TensorFlow Datasets, resized to `data.image_size`."""
-  size = config.data.image_size
-  return tfds_source('cifar10', split, lambda image: resize(image, size))
+@register_dataset(name='TFDS')
+def prepared_tfds(
+  config: ConfigDict,
+  split: str,
+  *,
+  path: str = '',
+  builder: str = '',
+  tfds_train: str = 'train',
+  tfds_test: str = 'test',
+  crop: str = 'center',
+  resize: str = 'bilinear',
+) -> cache.CachedPictures:
+  """A data set that somebody has prepared with TensorFlow Datasets, in the format array_record.
 
-
-@register_dataset(name='SVHN')
-def svhn(config: ConfigDict, split: str) -> TFDSSource:
-  """The cropped digits of SVHN (Street View House Numbers) through TensorFlow Datasets."""
-  size = config.data.image_size
-  return tfds_source('svhn_cropped', split, lambda image: resize(image, size))
-
-
-@register_dataset(name='CELEBA')
-def celeba(config: ConfigDict, split: str) -> TFDSSource:
-  """The central 140 x 140 pixels of CelebA through TensorFlow Datasets.
-
-  The split 'test' is the validation split of CelebA, as in published numbers.
-  """
-  size = config.data.image_size
-  return tfds_source(
-    'celeb_a', _validation(split), lambda image: resize(central_crop(image, 140), size)
-  )
-
-
-@register_dataset(name='LSUN')
-def lsun(config: ConfigDict, split: str, *, category: str = '') -> TFDSSource:
-  """The central squares of one category of LSUN through TensorFlow Datasets.
-
-  The split 'test' is the validation split of LSUN, as in published numbers.
+  `data.builder` is its name, such as 'cifar10', `data.path` the folder of prepared data sets (else
+  TFDS_DATA_DIR or ~/tensorflow_datasets), and `data.tfds_train` and `data.tfds_test` are the names
+  of its splits.
 
   Raises:
-    UserError: if `data.category` is empty.
+    UserError: if `data.builder` is empty, or the data set has not been prepared.
   """
-  if not category:
+  if not builder:
     raise UserError(
-      "data.category='' is empty, but data.dataset='LSUN' needs a data.category: set it to one "
-      "such as 'bedroom' or 'church_outdoor'."
+      "data.builder='' is empty, but data.dataset='TFDS' needs one: set it to the name of a data "
+      "set that TensorFlow Datasets has prepared, such as 'cifar10'."
     )
-  size = config.data.image_size
-  return tfds_source(
-    f'lsun/{category}', _validation(split), lambda image: resize(central_crop(image), size)
+  name = tfds_train if split == 'train' else tfds_test
+  opened, examples = _open(builder, name, os.path.expanduser(path) or None)
+  features = opened.info.features
+  pictures = _TFDSPictures(
+    examples,
+    title=f'{opened.info.full_name}, {name}',
+    key=f'{_key(pathlib.Path(opened.data_dir))} {name}',
+    class_names=tuple(getattr(features['label'], 'names', ())) if 'label' in features else (),
   )
+  framing = Framing(config.data.image_size, crop=crop, resize=resize)
+  return cache.prepared(config.data, split, pictures, framing)
 
 
-def _validation(split: str) -> str:
-  """The split of a data set whose published numbers are those of its validation split."""
-  return 'validation' if split == 'test' else split
+def _key(folder: pathlib.Path) -> str:
+  """SHA-256 of names, sizes and times of the files of a prepared data set."""
+  files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+  about = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
+  return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _TFDSPictures:
+  """Pictures of a prepared data set; see `sources.base.Pictures`.
+
+  Attributes:
+    examples: a `tfds.data_source`.
+    title: what they are called in messages.
+    key: a string that differs wherever the files differ.
+    class_names: names of the labels.
+    skipped: empty.
+  """
+
+  examples: Any
+  title: str
+  key: str
+  class_names: Sequence[str] = ()
+  skipped: Sequence[tuple[str, str]] = ()
+
+  def __len__(self) -> int:
+    """The number of pictures."""
+    return len(self.examples)
+
+  def name(self, i: int) -> str:
+    """The data set and the number of the picture."""
+    return f'{self.title}, example {i}'
+
+  def read(self, i: int) -> tuple[UInt8[np.ndarray, 'H W C'], int]:
+    """Picture number `i` and its label."""
+    example = self.examples[i]
+    image = np.asarray(example['image'])
+    if image.dtype != np.uint8:
+      raise BadPicture(f'{image.dtype} in place of uint8')
+    return image, int(example.get('label', 0))

@@ -184,6 +184,14 @@ def test_number_of_classes_may_be_stated(config, tmp_path):
     sources_of(config, folder, num_classes=3)
 
 
+@pytest.mark.parametrize('name', ['FFHQ', 'CelebAHQ'])
+@pytest.mark.parametrize('kind', [as_folder, as_zip])
+def test_faces_are_read_from_pictures_too(name, kind, config, tmp_path):
+  (tmp_path / 'data').mkdir()
+  config.data.dataset = name
+  assert by_content(*sources_of(config, kind(tmp_path / 'data'))) == EXPECTED
+
+
 # --- faults ---
 
 

@@ -1,0 +1,195 @@
+"""One category of LSUN, https://www.yf.io/p/lsun: an LMDB data base of WebP pictures."""
+
+import calendar
+import os
+import pathlib
+import shutil
+import threading
+import weakref
+import zipfile
+import zlib
+from typing import Any, ClassVar
+
+from ml_collections import ConfigDict
+
+from runtime import reporting
+from runtime.errors import UserError
+from sources import cache, published
+from sources.base import BadPicture, Pictures, register_dataset
+from sources.framing import Framing
+from sources.stores import File, FolderStore, PictureFiles, Store
+
+# Published numbers are of the validation pictures: LSUN keeps its test pictures' categories secret.
+_SPLITS = {'train': 'train', 'test': 'val'}
+_BLOCK = 2**24  # bytes that are copied at a time
+
+
+@register_dataset(name='LSUN')
+def lsun(config: ConfigDict, split: str, *, category: str = '') -> cache.CachedPictures:
+  """The central squares of one category of LSUN, such as 'bedroom' or 'church_outdoor'.
+
+  The split 'test' is the validation split of LSUN, as in published numbers.
+
+  `data.path` is the folder of `<category>_train_lmdb` and `<category>_val_lmdb`, which
+  `--mode=prepare_data` downloads and extracts, or one of them, or a folder of pictures with the
+  folders `train` and `val`.
+
+  Raises:
+    UserError: if `data.category` is empty.
+  """
+  if not category:
+    raise UserError(
+      "data.category='' is empty, but data.dataset='LSUN' needs a data.category: set it to one "
+      "such as 'bedroom' or 'church_outdoor'."
+    )
+  size = config.data.image_size
+  # The paper's code shrinks before it crops at 128 pixels, and crops before it shrinks otherwise.
+  shrink_first = size == 128
+  framing = Framing(
+    size, resize='bilinear' if shrink_first else 'bicubic', shrink_first=shrink_first
+  )
+  return cache.prepared(config.data, split, _pictures(config.data, split, category), framing)
+
+
+def _pictures(data: ConfigDict, split: str, category: str) -> Pictures:
+  folders = {key: f'{category}_{part}_lmdb' for key, part in _SPLITS.items()}
+  name = folders[split]
+  names = [*folders.values(), *(f'{folder}.zip' for folder in folders.values())]
+  path = published.find(data, name, names)
+  if path is None:
+    pictures = published.folder_of(data, names) / _SPLITS[split]
+    if pictures.is_dir():
+      store = FolderStore(pictures)
+      files = store.files()
+      skipped = [(file.name, file.fault) for file in files if file.fault]
+      used = [file for file in files if not file.fault]
+      return PictureFiles(store, used, num_channels=data.num_channels, skipped=skipped)
+  stored = path / 'data.mdb' if path else None
+  key = published.key_of_files([stored]) if stored and stored.exists() else None
+
+  def read() -> PictureFiles:
+    if path is None:
+      raise _missing(data, name, names)
+    store = LmdbStore(path)
+    return PictureFiles(store, store.files(), num_channels=data.num_channels)
+
+  return published.LazyPictures(f'{name} {published.kept_key(data, name, key)}', read)
+
+
+def _missing(data: ConfigDict, name: str, names: list[str]) -> UserError:
+  """The error that says how to get the folder `name`, from its ZIP file or by a download."""
+  file = published.PublishedFile(f'{name}.zip', address=f'http://dl.yf.io/lsun/scenes/{name}.zip')
+  path = published.find(data, file.name, names)
+  if path is None:
+    return published.missing(data, file, names)
+  return published.NotFetched(
+    f'{path} has to be extracted before it can be read: run `python main.py --mode=prepare_data` '
+    f'with the same --config, or extract it there.',
+    lambda: extract(path, published.downloads(data) / name),
+  )
+
+
+def extract(path: pathlib.Path, folder: pathlib.Path) -> None:
+  """Extracts the data base in a published ZIP file, and verifies its checksum.
+
+  Only the member `<category>_<split>_lmdb/data.mdb` is written, and the folder gets its name when
+  it is complete, so no member can end up elsewhere and a process that is killed leaves no part of
+  a data base that looks like a whole one.
+
+  Args:
+    path: the ZIP file.
+    folder: the new folder `<category>_<split>_lmdb`.
+
+  Raises:
+    UserError: if the ZIP file is damaged or is another file.
+  """
+  part = folder.with_name(f'.{folder.name}.part')
+  reporting.check_writable(part, 'data.cache_dir')
+  member = f'{folder.name}/data.mdb'
+  try:
+    with zipfile.ZipFile(path) as archive:
+      if member not in archive.namelist():
+        raise UserError(f'{path} has no file {member}: download it again.')
+      info = archive.getinfo(member)
+      title = f'extracting {path.name}'
+      with (
+        archive.open(info) as source,
+        (part / 'data.mdb').open('wb') as target,
+        published.progress(title, info.file_size) as bar,
+      ):
+        while block := source.read(_BLOCK):
+          target.write(block)
+          bar.update(len(block))
+      # Extracted again, the file has the same time, and its cache is found.
+      changed = calendar.timegm(info.date_time)
+      os.utime(part / 'data.mdb', (changed, changed))
+  except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    shutil.rmtree(part, ignore_errors=True)
+    raise UserError(
+      f'{path} is truncated or damaged ({error}): remove it and download it again.'
+    ) from error
+  os.replace(part, folder)
+
+
+class LmdbStore(Store):
+  """The pictures in an LMDB data base, whose keys are their names.
+
+  Args:
+    path: the folder of `data.mdb`.
+
+  Raises:
+    UserError: if there is no such data base, or it is truncated.
+  """
+
+  # LMDB forbids a process to open a data base twice.
+  _opened: ClassVar = weakref.WeakValueDictionary()
+  _lock = threading.Lock()
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self._data_base = self._open(path)
+
+  @classmethod
+  def _open(cls, path: pathlib.Path) -> Any:
+    import lmdb  # only LSUN needs it
+
+    with cls._lock:
+      real = os.path.realpath(path)
+      if real in cls._opened:
+        return cls._opened[real]
+      try:
+        # Reading ahead would evict other files from memory: pictures are far apart.
+        opened = lmdb.open(real, readonly=True, lock=False, readahead=False, create=False)
+      except lmdb.Error as error:
+        raise UserError(
+          f'{path} is no LMDB data base, or is damaged ({error}): extract it again.'
+        ) from error
+      # The file is mapped into memory, and reading beyond its end would kill the process.
+      needed = (opened.info()['last_pgno'] + 1) * opened.stat()['psize']
+      size = (path / 'data.mdb').stat().st_size
+      if size < needed:
+        opened.close()
+        raise UserError(
+          f'{path / "data.mdb"} is truncated, since it has {size:,} of {needed:,} bytes: extract '
+          f'it again.'
+        )
+      cls._opened[real] = opened
+      return opened
+
+  @classmethod
+  def recognises(cls, path: pathlib.Path) -> bool:
+    """Whether this is the folder of an LMDB data base."""
+    return (path / 'data.mdb').is_file()
+
+  def files(self) -> list[File]:
+    """See `Store`."""
+    with self._data_base.begin(buffers=True) as transaction:
+      return [File(bytes(key).decode('latin-1'), len(value)) for key, value in transaction.cursor()]
+
+  def read(self, file: File) -> bytes:
+    """The bytes of a picture."""
+    with self._data_base.begin() as transaction:
+      content = transaction.get(file.name.encode('latin-1'))
+    if content is None:
+      raise BadPicture('no longer in the data base')
+    return content
