@@ -50,6 +50,12 @@ def pytest_configure() -> None:
     os.sched_setaffinity(0, {processors[int(worker.removeprefix('gw')) % len(processors)]})
 
 
+@pytest.fixture(scope='session', autouse=True)
+def _no_trace_in_the_cache_of_the_user(tmp_path_factory):
+  """Prepared data of the tests go elsewhere; compiled programs stay where they are shared."""
+  os.environ['XDG_CACHE_HOME'] = str(tmp_path_factory.mktemp('cache'))
+
+
 @pytest.fixture(scope='module')
 def quickly_compiled():
   """For modules whose programs take longer to optimize than to run, on this machine's CPU."""

@@ -176,7 +176,7 @@ def test_data_may_move_but_not_change(tmp_path):
   moved = data.rename(tmp_path / 'elsewhere')
   run_lib.train(folder_config(moved, training__n_iters=2), workdir)
 
-  (moved / '3.png').write_bytes((moved / '3.png').read_bytes() + b'\0')
+  (moved / '3.png').write_bytes((moved / '4.png').read_bytes())
   before = content(workdir)
   with pytest.raises(UserError, match=r'images of the split train are not those .*data\.json'):
     run_lib.train(folder_config(moved, training__n_iters=3), workdir)
