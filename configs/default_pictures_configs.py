@@ -22,6 +22,11 @@ def get_default_configs() -> ml_collections.ConfigDict:
   data.random_flip = True  # False where left and right differ in meaning, as for letters
   data.crop = 'center'  # or 'random', 'none'
   data.resize = 'bilinear'  # or 'bicubic', 'lanczos', 'box'
+  data.background = 'white'  # behind transparent parts
+  data.min_side = 0  # smaller pictures are skipped; 0: image_size
+  data.test_fraction = 0.1  # of the pictures, where no folder or list names those for testing
+  data.test_list = ''  # a file with the names of the test pictures
+  data.num_classes = 0  # how many classes there must be; 0: any number
   return config
 
 
