@@ -1,51 +1,50 @@
-"""NPZ files of grey levels as stores of pictures."""
+"""NumPy .npz files as stores of pictures."""
 
+import io
 import pathlib
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from runtime import npz_file
 from runtime.errors import UserError
 from sources.stores import File, Store, register_store
 
-# Names of the images: ours, those of our samples, and those of other programs.
-_IMAGES = ('images', 'samples', 'arr_0')
-_LABELS = ('labels', 'label', 'arr_1')
+# The arrays of images in an .npz file, of which the first one is taken, and those of their labels.
+_ARRAYS = {'images': 'labels', 'samples': 'labels', 'arr_0': 'arr_1'}
 
 
-@register_store(name='an NPZ file')
-class NpzStore(Store):
-  """The array `images` of a file, uint8 (N, H, W, C) or (N, H, W), and perhaps `labels`, (N,).
+@register_store(name='a NumPy .npz file')
+class ArrayStore(Store):
+  """The images in an .npz file; the name of each is its number.
+
+  They are `images`, uint8 (N, H, W, C) or (N, H, W), with perhaps `labels`, (N,); or `samples`; or
+  `arr_0` with perhaps `arr_1` as its labels, as `np.savez` names them.
 
   Args:
-    path: of the file.
+    path: the file.
   """
 
   def __init__(self, path: pathlib.Path):
+    self._version = path.stat().st_mtime_ns
     try:
-      arrays = npz_file.load_arrays(path, _wanted)
+      arrays = npz_file.load_arrays(path, _chosen)
     except npz_file.UNREADABLE as error:
-      raise UserError(f'it cannot be read as NPZ ({error}): save or copy it again.') from error
-    self._images = next(arrays[name] for name in _IMAGES if name in arrays)
-    self._labels = next((arrays[name] for name in _LABELS if name in arrays), None)
+      raise UserError(f'it cannot be used ({error}): write it with np.savez.') from error
+    self._images, *labels = arrays.values()
     shape, dtype = self._images.shape, self._images.dtype
-    if (
-      dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3))
-    ):
+    channels = shape[3] if len(shape) == 4 else 1
+    if dtype != np.uint8 or len(shape) not in (3, 4) or channels not in (1, 2, 3, 4):
       raise UserError(
-        f'its images have the type {dtype} and the shape {shape}: store uint8 in (N, H, W, C) with '
-        f'one or three channels C, or in (N, H, W).'
+        f'its images have type {dtype} and shape {shape}: give uint8 (N, H, W, C) with 1 or 3 '
+        f'channels, and alpha as one more.'
       )
-    labels = self._labels
-    if labels is not None and (labels.dtype.kind not in 'iu' or labels.shape != shape[:1]):
+    self._labels = labels[0] if labels else None
+    if labels and (labels[0].shape != shape[:1] or labels[0].dtype.kind not in 'iu'):
       raise UserError(
-        f'its labels have the type {labels.dtype} and the shape {labels.shape}: store one whole '
-        f'number for each of the {shape[0]} images.'
+        f'its labels have type {labels[0].dtype} and shape {labels[0].shape}: give whole numbers, '
+        f'{shape[:1]}.'
       )
-    status = path.stat()
-    self._size, self._version = status.st_size, status.st_mtime_ns
 
   @classmethod
   def recognises(cls, path: pathlib.Path) -> bool:
@@ -53,28 +52,22 @@ class NpzStore(Store):
     return path.suffix.lower() == '.npz'
 
   def files(self) -> list[File]:
-    """See `Store`; the name of an image is its number."""
+    """See `Store`."""
     labels = [None] * len(self._images) if self._labels is None else self._labels.tolist()
-    return [
-      File(f'{i:08d}', self._size, self._version, label=label) for i, label in enumerate(labels)
-    ]
+    return [File(f'{i:08d}', version=self._version, label=label) for i, label in enumerate(labels)]
 
   def read(self, file: File) -> bytes:
-    """The grey levels of an image as bytes."""
-    return self._images[int(file.name)].tobytes()
-
-  def decode(self, file: File, num_channels: int, background: str) -> UInt8[np.ndarray, 'H W C']:
-    """The grey levels of an image, which has as many channels as wanted or is converted."""
-    del background
+    """An image as an uncompressed PNG."""
     image = self._images[int(file.name)]
-    if image.ndim == 3 and image.shape[-1] == num_channels:
-      return image
-    picture = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
-    pixels = np.asarray(picture.convert('L' if num_channels == 1 else 'RGB'))
-    return pixels.reshape(*pixels.shape[:2], -1)
+    png = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image).save(
+      png, 'png', compress_level=0
+    )
+    return png.getvalue()
 
 
-def _wanted(names: list[str]) -> list[str]:
-  if not set(_IMAGES) & set(names):
-    raise ValueError(f'it has the arrays {names[:10]}, but no images')
-  return [name for name in names if name in (*_IMAGES, *_LABELS)]
+def _chosen(names: list[str]) -> list[str]:
+  images = next((name for name in _ARRAYS if name in names), None)
+  if images is None:
+    raise ValueError(f'of its arrays, {", ".join(names)}, none is named {" or ".join(_ARRAYS)}')
+  return [name for name in (images, _ARRAYS[images]) if name in names]

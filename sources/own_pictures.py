@@ -1,15 +1,12 @@
-"""One's own pictures: a folder, a ZIP file, or what else a `sources.stores.Store` reads."""
-
-import os
+"""Pictures of one's own: a folder, or a ZIP, NumPy, Parquet or Arrow file."""
 
 from ml_collections import ConfigDict
 
 from runtime.errors import UserError
-from sources import cache, splits
-from sources.base import Source, register_dataset
+from sources import pictures, splits, stores
+from sources.base import register_dataset
+from sources.cache import CachedPictures, prepared
 from sources.framing import Framing
-from sources.pictures import check_background
-from sources.stores import PictureFiles, open_store
 
 
 @register_dataset(name='ImageFolder')
@@ -25,20 +22,29 @@ def own_pictures(
   test_list: str = '',
   test_fraction: float = 0.1,
   num_classes: int = 0,
-) -> Source:
-  """The pictures at `data.path`: a folder, or a ZIP, NPZ, parquet or arrow file.
+) -> CachedPictures:
+  """The pictures in `data.path`, cropped and resized to `data.image_size`.
 
-  The keyword-only parameters are keys of `config.data`; docs/own_pictures.md describes them.
+  Args:
+    config: the configuration.
+    split: 'train' or 'test'; `sources.splits` says which pictures are in which.
+    path: a folder of pictures, a .zip or .npz file, a .parquet or .arrow file or a folder of those.
+    crop: see `Framing`.
+    resize: see `Framing`.
+    background: the colour behind transparent pixels, a name or '#rrggbb'.
+    min_side: see `Framing`.
+    test_list: a text file of the names of the test pictures.
+    test_fraction: share of the pictures that test, where neither a list nor folders say which.
+    num_classes: how many classes there must be; 0 takes those that are found.
 
   Raises:
-    UserError: if the pictures cannot be read or used.
+    UserError: if there is no picture, or a setting does not fit to what there is.
   """
-  framing = Framing(config.data.image_size, crop=crop, resize=resize, min_side=min_side)
   return from_path(
     config.data,
     split,
     path,
-    framing=framing,
+    framing=Framing(config.data.image_size, crop=crop, resize=resize, min_side=min_side),
     background=background,
     test_list=test_list,
     test_fraction=test_fraction,
@@ -56,60 +62,32 @@ def from_path(
   test_list: str = '',
   test_fraction: float = 0.1,
   num_classes: int = 0,
-) -> Source:
-  """The framed pictures of one split of what is at `path`, from the cache.
-
-  Args:
-    data: the configuration, of which `dataset`, `num_channels` and the settings of the cache are
-      read.
-    split: 'train' or 'test'.
-    path: of a folder or file of pictures.
-    framing: what is done to each picture.
-    background: the colour behind transparent pixels.
-    test_list: see `splits.split`.
-    test_fraction: see `splits.split`.
-    num_classes: how many classes there must be; 0 for any number.
-
-  Raises:
-    UserError: if the pictures cannot be read or used.
-  """
-  check_background(background)
-  if not path:
-    raise UserError(
-      f"data.path='' is empty, but data.dataset={data.dataset!r} needs the folder or file of the "
-      f'pictures: set --config.data.path.'
-    )
+) -> CachedPictures:
+  """The framed pictures of one split of what is at `path`; see `own_pictures`."""
+  pictures.check_background(background)
   try:
-    store = open_store(os.path.expanduser(path))
-    found = store.files()
-    skipped = [(file.name, file.fault) for file in found if file.fault]
-    used = [file for file in found if not file.fault]
-    if not used:
-      raise UserError(f'it holds no picture ({cache.summary(skipped)}): put pictures into it.')
-    parts = splits.split(used, test_list=test_list, test_fraction=test_fraction)
-    if not parts[split]:
-      raise UserError(f'no picture is left for the split {split!r}: add some.')
-    names, labels = splits.classes(parts)
-    names = store.class_names or names
-    if num_classes not in (0, len(names)):
+    if not path:
+      raise UserError('it is empty: give a folder or file of pictures.')
+    store = stores.open_store(path)
+    files = store.files()
+    chosen = splits.split(files, test_list=test_list, test_fraction=test_fraction)
+    labels, class_names = splits.classes(chosen, store.class_names)
+    if num_classes not in (0, len(class_names)):
       raise UserError(
-        f'it has {len(names)} classes, not data.num_classes={num_classes}: set that to '
-        f'{len(names)}, or to 0.'
+        f'data.num_classes={num_classes}, but it has {len(class_names)} classes: set '
+        f'data.num_classes=0, or mend the folders or labels.'
       )
-    pictures = PictureFiles(
+    found = stores.PictureFiles(
       store,
-      parts[split],
+      chosen[split],
+      labels=labels[split],
       num_channels=data.num_channels,
-      labels=[labels[file] for file in parts[split]],
       background=background,
-      class_names=names,
-      skipped=skipped,
+      class_names=class_names,
+      skipped=[(file.name, file.fault) for file in files if file.fault],
     )
-    return cache.prepared(data, split, pictures, framing)
+    return prepared(data, split, found, framing)
   except UserError as error:
-    message = str(error)
-    if message.startswith('data.'):
-      raise
     raise UserError(
-      f'No images for the split {split!r} of {data.dataset} in data.path={path!r}: {message}'
+      f'No images for the split {split!r} of {data.dataset} in data.path={path!r}: {error}'
     ) from error

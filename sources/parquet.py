@@ -1,185 +1,252 @@
-"""Parquet and Arrow files as stores of pictures, such as Hugging Face's datasets.
+"""Pictures in Parquet and Arrow files, as Hugging Face Datasets stores them.
 
-pyarrow is imported when a file is opened.
+The column of pictures is binary, or a struct with a binary field `bytes`. One named `image` or
+`img` is taken, else the only column of such a type. A column of whole numbers named as in `LABELS`
+gives the labels.
 """
 
+import abc
 import json
+import os
 import pathlib
+import re
 import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from runtime.errors import UserError
 from sources.base import BadPicture
-from sources.stores import SUFFIXES, File, Store, register_store
+from sources.stores import File, Store, fault_of, register_store
 
-_SUFFIXES = ('.parquet', '.arrow')
-_IMAGE_NAMES = ('image', 'img', 'picture', 'photo', 'jpg', 'png', 'webp')
-_LABEL_NAMES = ('label', 'labels', 'class', 'fine_label', 'cls')
-_SPLITS = ('train', 'test', 'val', 'valid', 'validation', 'dev')
+SUFFIXES = ('.parquet', '.arrow')
+IMAGES = ('image', 'img')
+LABELS = ('label', 'labels', 'class', 'fine_label', 'coarse_label', 'target')
+SPLITS = ('train', 'test', 'val', 'valid', 'validation', 'dev')
+
+_BATCH = 32  # rows that are read at once
 
 
-@register_store(name='a parquet or arrow file')
-class ParquetStore(Store):
-  """The pictures in a column of one file or of the files in a folder.
+@register_store(name='a Parquet or Arrow file or a folder of them')
+class TableStore(Store):
+  """The pictures in Parquet or Arrow files; the name of each is that of the file and its row.
 
-  The column holds encoded pictures, as bytes or as a struct with the field `bytes`. A column of
-  whole numbers may hold labels, whose names are read from the metadata of Hugging Face. The name of
-  a picture is that of its file with the number of the row; files whose names begin with a split,
-  such as `train-00000-of-00002.parquet`, are in its folder.
+  Files are named by their split as Hugging Face does, `train-00000-of-00002.parquet`, or lie in a
+  folder of that name; their pictures then have names that begin with `train/`.
 
   Args:
-    path: of the file or folder.
+    path: a file, or the folder that they are in.
   """
 
   def __init__(self, path: pathlib.Path):
-    paths = sorted(_files_in(path)) if path.is_dir() else [path]
-    self._parts = {part.prefix: part for part in (_Part(path, file) for file in paths)}
-    names = [tuple(part.class_names) for part in self._parts.values()]
-    self.class_names = names[0] if len(set(names)) == 1 else ()
+    self._tables: list[_Table] = []
+    self._rows: dict[str, tuple[_Table, int]] = {}
+    paths = sorted(_table_files(path)) if path.is_dir() else [path]
+    self._prefixes = [_prefix(file.relative_to(path)) for file in paths]
+    for file in paths:
+      table = _Parquet if file.suffix.lower() == '.parquet' else _Arrow
+      try:
+        self._tables.append(table(file))
+      except UserError:
+        raise
+      except _damage() as error:
+        raise UserError(
+          f'its file {file.name} is damaged ({_first_line(error)}): copy or download it again.'
+        ) from error
+    self.class_names = self._tables[0].class_names
 
   @classmethod
   def recognises(cls, path: pathlib.Path) -> bool:
-    """Whether this is such a file, or a folder that holds such files and no pictures."""
+    """Whether this is such a file, or a folder that has some and no picture files."""
     if not path.is_dir():
-      return path.suffix.lower() in _SUFFIXES
-    pictures = any(file.suffix.lower() in SUFFIXES for file in path.rglob('*'))
-    return bool(_files_in(path)) and not pictures
+      return path.suffix.lower() in SUFFIXES
+    return next(_table_files(path, stop_at_pictures=True), None) is not None
 
   def files(self) -> list[File]:
     """See `Store`."""
-    return [file for part in self._parts.values() for file in part.files()]
+    files = []
+    for table, prefix in zip(self._tables, self._prefixes, strict=True):
+      version = table.path.stat().st_mtime_ns
+      for row, label in enumerate(table.labels):
+        name = f'{prefix}{row:08d}'
+        self._rows[name] = table, row
+        files.append(File(name, version=version, label=label))
+    return sorted(files, key=lambda file: file.name)
 
   def read(self, file: File) -> bytes:
-    """The bytes in one row."""
-    prefix, _, row = file.name.rpartition('#')
-    return self._parts[prefix].read(int(row))
-
-
-def _files_in(folder: pathlib.Path) -> list[pathlib.Path]:
-  return [file for file in folder.rglob('*') if file.suffix.lower() in _SUFFIXES]
-
-
-class _Part:
-  """One file.
-
-  Args:
-    root: the path that was given.
-    path: of the file.
-  """
-
-  def __init__(self, root: pathlib.Path, path: pathlib.Path):
-    import pyarrow
-
-    self._path = path
-    stem = path.stem if path == root else path.relative_to(root).with_suffix('').as_posix()
-    split = next((s for s in _SPLITS if path.stem.lower().split('-')[0] == s), '')
-    self.prefix = f'{split}/{stem}' if split else stem
+    """The bytes of a picture."""
+    table, row = self._rows[file.name]
     try:
-      self._open()
-    except (OSError, pyarrow.ArrowException) as error:
-      reason = str(error).splitlines()[0]
-      raise UserError(
-        f'{path.name} cannot be read as {path.suffix[1:].lower()} ({reason}): copy or download it '
-        f'again.'
-      ) from error
-    self._image = self._find_column(
-      lambda kind: _is_bytes(kind) or (_is_struct(kind) and _has_bytes(kind)), _IMAGE_NAMES
-    )
-    if self._image is None:
-      raise UserError(
-        f'{path.name} has the columns {", ".join(self._schema.names)}, none of which holds '
-        f"pictures: store their bytes in a column 'image'."
-      )
-    self._label = self._find_column(pyarrow.types.is_integer, _LABEL_NAMES, only_named=True)
-    self.class_names = self._names_of_labels()
-    self._recent = threading.local()
-
-  def _open(self) -> None:
-    """Opens the file, without reading its pictures."""
-    import pyarrow
-    import pyarrow.parquet
-
-    if self._path.suffix.lower() == '.parquet':
-      self._parquet = pyarrow.parquet.ParquetFile(self._path, memory_map=True)
-      self._schema = self._parquet.schema_arrow
-      groups = range(self._parquet.num_row_groups)
-      counts = [self._parquet.metadata.row_group(group).num_rows for group in groups]
-      self._starts = [sum(counts[:group]) for group in range(len(counts) + 1)]
-      return
-    self._parquet = None
-    mapped = pyarrow.memory_map(str(self._path))
-    try:
-      self._table = pyarrow.ipc.open_file(mapped).read_all()
-    except pyarrow.ArrowInvalid:
-      mapped.seek(0)
-      self._table = pyarrow.ipc.open_stream(mapped).read_all()
-    self._schema = self._table.schema
-
-  def _find_column(self, fits: Any, names: tuple[str, ...], only_named: bool = False) -> str | None:
-    """The column of fitting type: the first of these names, or else the only one."""
-    fitting = {field.name for field in self._schema if fits(field.type)}
-    for name in names:
-      if name in fitting:
-        return name
-    return fitting.pop() if len(fitting) == 1 and not only_named else None
-
-  def _names_of_labels(self) -> list[str]:
-    metadata = (self._schema.metadata or {}).get(b'huggingface')
-    try:
-      return list(json.loads(metadata)['info']['features'][self._label]['names'])
-    except (TypeError, KeyError, ValueError):
-      return []
-
-  def files(self) -> list[File]:
-    """One for each row."""
-    status = self._path.stat()
-    if self._label is None:
-      labels = [None] * (self._starts[-1] if self._parquet else self._table.num_rows)
-    elif self._parquet:
-      labels = self._parquet.read(columns=[self._label])[self._label].to_pylist()
-    else:
-      labels = self._table[self._label].to_pylist()
-    return [
-      File(f'{self.prefix}#{row:08d}', status.st_size, status.st_mtime_ns, label=label)
-      for row, label in enumerate(labels)
-    ]
-
-  def read(self, row: int) -> bytes:
-    """The bytes in a row."""
-    import pyarrow
-
-    try:
-      value = self._column(row).as_py()
-    except (OSError, pyarrow.ArrowException) as error:
-      raise BadPicture(f'unreadable row ({str(error).splitlines()[0]})') from error
-    content = value.get('bytes') if isinstance(value, dict) else value
+      content = table.read(row)
+    except _damage() as error:
+      raise BadPicture(f'damaged in {table.path.name}: {_first_line(error)}') from error
     if content is None:
-      raise BadPicture('no bytes in this row')
+      raise BadPicture('no bytes in its row')
     return content
 
-  def _column(self, row: int) -> Any:
-    if not self._parquet:
-      return self._table[self._image][row]
-    group = max(g for g, start in enumerate(self._starts[:-1]) if start <= row)
-    # Pictures are read in order: each thread keeps the group of rows that it read last.
-    if getattr(self._recent, 'group', None) != group:
-      self._recent.column = self._parquet.read_row_group(group, [self._image])[self._image]
-      self._recent.group = group
-    return self._recent.column[row - self._starts[group]]
+
+def _table_files(folder: pathlib.Path, stop_at_pictures: bool = False) -> Iterator[pathlib.Path]:
+  """The tables below a folder; none if there are pictures and `stop_at_pictures`."""
+  found = []
+  for parent, folders, names in os.walk(folder):
+    folders[:] = [name for name in folders if not name.startswith('.')]
+    if stop_at_pictures and any(fault_of(name) == '' for name in names):
+      return
+    # Hugging Face Datasets keeps what it has computed from a data set in files cache-*.arrow.
+    found += [
+      pathlib.Path(parent, name)
+      for name in names
+      if name.lower().endswith(SUFFIXES) and not name.startswith(('.', 'cache-'))
+    ]
+  yield from found
 
 
-def _is_bytes(kind: Any) -> bool:
+def _prefix(path: pathlib.Path) -> str:
+  """How the names of the pictures in a file begin; `path` is relative to the folder."""
+  if not path.parts:  # the file itself was given
+    return ''
+  parts = path.with_suffix('').parts
+  words = [parts[0], re.split(r'[-_.]', parts[-1])[0]]
+  split = next((f'{word.lower()}/' for word in words if word.lower() in SPLITS), '')
+  return f'{split}{"-".join(parts)}-'
+
+
+def _damage() -> tuple[type[Exception], ...]:
+  import pyarrow
+
+  return pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).partition('\n')[0].rstrip('.')
+
+
+class _Table(abc.ABC):
+  """The rows of one file.
+
+  Attributes:
+    path: the file.
+    labels: of each row; None where there is none.
+    class_names: of the labels; empty if the file does not say.
+  """
+
+  path: pathlib.Path
+  labels: Sequence[int | None]
+  class_names: Sequence[str]
+
+  @abc.abstractmethod
+  def read(self, row: int) -> bytes | None:
+    """The picture in a row; None if there is none."""
+
+
+class _Arrow(_Table):
+  """An Arrow file or stream, mapped into memory."""
+
+  def __init__(self, path: pathlib.Path):
+    import pyarrow
+
+    self.path = path
+    mapped = pyarrow.memory_map(os.fspath(path))
+    try:
+      reader = pyarrow.ipc.open_file(mapped)
+    except pyarrow.ArrowInvalid:
+      reader = pyarrow.ipc.open_stream(mapped)
+    table = reader.read_all()
+    images, label, self.class_names = _columns(table.schema, path.name)
+    self._images = table[images]
+    self._images.validate(full=True)  # with a wrong offset, memory of others would be read
+    self.labels = _labels(table[label].to_pylist() if label else [None] * len(table))
+
+  def read(self, row: int) -> bytes | None:
+    """See `_Table`."""
+    return _bytes(self._images[row])
+
+
+class _Parquet(_Table):
+  """A Parquet file, of which each thread reads on from where it is.
+
+  Only in order is this fast: to go back is to read the group of rows from its beginning.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    import numpy as np
+    from pyarrow import parquet
+
+    self.path = path
+    self._local = threading.local()
+    with parquet.ParquetFile(path) as file:
+      self._metadata = file.metadata
+      count = file.metadata.num_rows
+      if count > path.stat().st_size:
+        raise ValueError(f'it has {count} rows')
+      images, label, self.class_names = _columns(file.schema_arrow, path.name)
+      labels = file.read([label])[label].to_pylist() if label else [None] * count
+    self._column = images
+    self.labels = _labels(labels)
+    groups = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
+    self._ends = np.cumsum(groups)
+
+  def read(self, row: int) -> bytes | None:
+    """See `_Table`."""
+    group = int(self._ends.searchsorted(row, side='right'))
+    # Not kept if reading fails, which ends its batches.
+    last, start, rows, batches = vars(self._local).pop('reader', (None, 0, (), None))
+    if last != group or row < start:
+      start, rows, batches = (int(self._ends[group - 1]) if group else 0), (), self._batches(group)
+    while row >= start + len(rows):
+      start, rows = start + len(rows), next(batches, ())
+      if not len(rows):
+        raise ValueError('it has fewer rows than it says')
+    self._local.reader = group, start, rows, batches
+    return _bytes(rows[row - start])
+
+  def _batches(self, group: int) -> Iterator[Any]:
+    """The pictures of a group of rows, some at a time."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(self.path, memory_map=True, metadata=self._metadata) as file:
+      for batch in file.iter_batches(_BATCH, [group], [self._column], use_threads=False):
+        yield batch.column(0)
+
+
+def _bytes(value: Any) -> bytes | None:
+  """The bytes of a value of a column of pictures, binary or a struct."""
+  found = value.as_py()
+  return found.get('bytes') if isinstance(found, dict) else found
+
+
+def _labels(values: list[int | None]) -> list[int | None]:
+  """The labels, without negative ones, with which Hugging Face fills test splits."""
+  return [None if value is None or value < 0 else value for value in values]
+
+
+def _columns(schema: Any, file: str) -> tuple[str, str | None, list[str]]:
+  """The names of the column of pictures, of that of labels, if there is one, and of the classes."""
   from pyarrow import types
 
-  return types.is_binary(kind) or types.is_large_binary(kind)
+  def is_bytes(kind: Any) -> bool:
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+  def is_picture(kind: Any) -> bool:
+    if not types.is_struct(kind):
+      return is_bytes(kind)
+    return any(field.name == 'bytes' and is_bytes(field.type) for field in kind)
+
+  fitting = [field.name for field in schema if is_picture(field.type)]
+  images = next((name for name in IMAGES if name in fitting), None)
+  if images is None and len(fitting) != 1:
+    raise UserError(
+      f'its file {file} has {len(fitting)} columns of pictures, of the columns '
+      f"{', '.join(schema.names)}: name the one with the encoded pictures 'image'."
+    )
+  numbers = {field.name for field in schema if types.is_integer(field.type)}
+  label = next((name for name in LABELS if name in numbers), None)
+  return images or fitting[0], label, _class_names(schema, label)
 
 
-def _is_struct(kind: Any) -> bool:
-  from pyarrow import types
-
-  return types.is_struct(kind)
-
-
-def _has_bytes(kind: Any) -> bool:
-  index = kind.get_field_index('bytes')
-  return index >= 0 and _is_bytes(kind.field(index).type)
+def _class_names(schema: Any, label: str | None) -> list[str]:
+  """The names of the classes in the metadata of Hugging Face."""
+  try:
+    about = json.loads((schema.metadata or {})[b'huggingface'])
+    return [str(name) for name in about['info']['features'][label]['names']]
+  except (ValueError, TypeError, LookupError):
+    return []

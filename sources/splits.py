@@ -1,108 +1,107 @@
-"""How the files of own pictures are split into training and test pictures, and into classes.
-
-The test split is, in this order: the files that a list names; those of a test folder beside a
-folder `train`; or those that a hash of the name chooses, so that adding a picture moves no other.
-"""
+"""Which pictures train and which test, and the classes that their folders name."""
 
 import hashlib
 import pathlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import logging
 
 from runtime.errors import UserError
-from sources.stores import File
+from sources.cache import summary
+from sources.stores import SUFFIXES, File
 
 # Names of the folder of test pictures beside `train`, in the order of preference.
 TEST_FOLDERS = ('test', 'val', 'valid', 'validation', 'dev')
+MAX_CLASSES = 100_000
 
-Splits = dict[str, list[File]]
 
+def split(
+  files: Sequence[File], *, test_list: str = '', test_fraction: float = 0.1
+) -> dict[str, list[File]]:
+  """The pictures of 'train' and 'test'; those with a fault are in neither.
 
-def split(files: Sequence[File], *, test_list: str = '', test_fraction: float = 0.1) -> Splits:
-  """The files of the splits 'train' and 'test', in the order of `files`.
+  A list of the test pictures decides. Without one, if there is a sub-folder `train`, its pictures
+  train, and those of the first of `TEST_FOLDERS` that holds any test; the case of these names is
+  ignored. Else a hash of each name decides, so that a picture that is added moves no other.
 
   Args:
-    files: those that are used.
-    test_list: path of a text file that names the test pictures, one on each line.
-    test_fraction: share of the pictures that the hash chooses for testing.
+    files: all of them.
+    test_list: a text file of the names of the test pictures, one a line; blank lines and those that
+      begin with # are ignored. Empty: there is none.
+    test_fraction: share of the pictures that test, where a hash decides.
 
   Raises:
-    UserError: if the list names a file that does not exist, the fraction is not between 0 and 1, or
-      the folders are ambiguous.
+    UserError: if there is no picture, the list or `test_fraction` is unusable, or there are other
+      folders of pictures beside `train`.
   """
   if not 0 < test_fraction < 1:
-    raise UserError(f'data.test_fraction={test_fraction} must be between 0 and 1.')
+    raise UserError(f'data.test_fraction={test_fraction} must be between 0 and 1, such as 0.1.')
+  used = [file for file in files if not file.fault]
+  if not used:
+    faults = [(file.name, file.fault) for file in files]
+    found = summary(faults) if faults else f'no file ends in {", ".join(SUFFIXES)}'
+    raise UserError(f'it holds no picture that can be read ({found}); put pictures into it.')
   if test_list:
     return _by_list(files, test_list)
-  folders = _split_folders(files)
-  if 'test' in folders:
-    return {
-      part: [file for file in files if _first_folder(file.name) == folder]
-      for part, folder in folders.items()
-    }
-  return by_hash(files, test_fraction)
-
-
-def by_hash(files: Sequence[File], test_fraction: float) -> Splits:
-  """Puts a file into the test split if the hash of its name is in the lowest part of its range.
-
-  No split is left empty: of two files or more, one is moved if need be; a single one is in both.
-  """
-  if len(files) == 1:
-    logging.warning('The only picture, %s, is used for training and for testing.', files[0].name)
-    return {'train': list(files), 'test': list(files)}
-  places = {file: _place(file.name) for file in files}
-  test = {file for file in files if places[file] < test_fraction}
-  if not test:
-    test = {min(files, key=places.__getitem__)}
-  elif len(test) == len(files):
-    test.remove(max(files, key=places.__getitem__))
+  train = min((name for name in map(_folder, files) if name.lower() == 'train'), default=None)
+  test = _test_folder(used, train)
+  if test is None:
+    in_train = [file for file in used if train is None or _folder(file) == train]
+    if not in_train:
+      raise UserError(f'its folder {train!r} holds no picture that can be read: put some into it.')
+    return _by_hash(in_train, test_fraction)
   return {
-    'train': [file for file in files if file not in test],
-    'test': [file for file in files if file in test],
+    name: [file for file in used if _folder(file) == folder]
+    for name, folder in (('train', train), ('test', test))
   }
 
 
-def _place(name: str) -> float:
-  """A number in [0, 1) that depends on the name alone."""
-  # File systems spell the same accent in different ways.
-  spelled = unicodedata.normalize('NFC', name).encode(errors='surrogateescape')
-  return int.from_bytes(hashlib.sha256(spelled).digest()[:8]) / 2**64
+def _folder(file: File) -> str:
+  """The first part of the name; empty if the file is in no sub-folder."""
+  return file.name.rpartition('/')[0].partition('/')[0]
 
 
-def _by_list(files: Sequence[File], path: str) -> Splits:
+def _nfc(name: str) -> str:
+  """The name with each accented letter as one character; systems store it in either way."""
+  return unicodedata.normalize('NFC', name)
+
+
+def _by_list(files: Sequence[File], test_list: str) -> dict[str, list[File]]:
   try:
-    lines = pathlib.Path(path).expanduser().read_text(encoding='utf-8').splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    reason = getattr(error, 'strerror', None) or 'it is no text in UTF-8'
+    text = pathlib.Path(test_list).expanduser().read_text(encoding='utf-8')
+  except (OSError, UnicodeError) as error:
     raise UserError(
-      f'data.test_list={path!r} cannot be read ({reason}): name a text file with the name of one '
-      f'test picture on each line.'
+      f'data.test_list={test_list!r} cannot be read ({error}): give a text file of names.'
     ) from error
-  wanted = {line.strip() for line in lines if line.strip() and not line.startswith('#')}
-  if unknown := sorted(wanted - {file.name for file in files}):
+  lines = [_nfc(line.strip()) for line in text.splitlines()]
+  listed = [line for line in lines if line and not line.startswith('#')]
+  names = {_nfc(file.name) for file in files}
+  if unknown := [name for name in listed if name not in names]:
     raise UserError(
-      f'data.test_list={path!r} names {unknown[0]!r}, which is not among the {len(files)} '
-      f'pictures: names are relative to data.path, such as {files[0].name!r}.'
+      f'data.test_list={test_list!r} names {unknown[0]!r}, which is not there: give names relative '
+      f'to data.path, with forward slashes.'
     )
-  return {
-    'train': [file for file in files if file.name not in wanted],
-    'test': [file for file in files if file.name in wanted],
-  }
+  chosen, splits = set(listed), {'train': [], 'test': []}
+  for file in files:
+    if not file.fault:
+      splits['test' if _nfc(file.name) in chosen else 'train'].append(file)
+  for name, members in splits.items():
+    if not members:
+      raise UserError(
+        f'data.test_list={test_list!r} leaves no picture for the split {name!r}: list some of the '
+        f'pictures, but not all.'
+      )
+  return splits
 
 
-def _first_folder(name: str) -> str:
-  """The first part of a name; empty if the file is in no folder."""
-  return name.rpartition('/')[0].partition('/')[0]
+def _test_folder(files: Sequence[File], train: str | None) -> str | None:
+  """The sub-folder of test pictures; None if there is none.
 
-
-def _split_folders(files: Sequence[File]) -> dict[str, str]:
-  """The sub-folders of the splits; {} if there is no folder `train`."""
-  folders = {_first_folder(file.name) for file in files}
-  train = next((name for name in sorted(folders) if name.lower() == 'train'), None)
-  others = folders - {train}
+  Raises:
+    UserError: if there are pictures that belong to neither split.
+  """
+  others = {_folder(file) for file in files} - {train}
   tests = sorted(
     (name for name in others if name.lower() in TEST_FOLDERS),
     key=lambda name: (TEST_FOLDERS.index(name.lower()), name),
@@ -113,8 +112,9 @@ def _split_folders(files: Sequence[File]) -> dict[str, str]:
         f"it has a folder {tests[0]!r} but none named 'train': move the training pictures into a "
         f"folder 'train' beside it, or rename it."
       )
-    return {}
-  if strange := sorted(others - set(tests)):
+    return None
+  strange = sorted(others - set(tests))
+  if strange:
     names = ', '.join(repr(name) if name else 'the folder itself' for name in strange)
     raise UserError(
       f'it has pictures outside {train!r}, in {names}: move them into {train!r} or out of the '
@@ -122,26 +122,78 @@ def _split_folders(files: Sequence[File]) -> dict[str, str]:
     )
   if len(tests) > 1:
     logging.info('Testing uses the folder %r; not used: %s.', tests[0], ', '.join(tests[1:]))
-  return {'train': train, 'test': tests[0]} if tests else {'train': train}
+  return tests[0] if tests else None
 
 
-def classes(splits: Splits) -> tuple[list[str], dict[File, int]]:
-  """The names of the classes in both splits, and the number of the class of each file.
-
-  A store may know the labels; their names are then those numbers. Else a class is the first folder
-  below that of the split, and there are no classes unless every file is in such a folder.
-  """
-  files = [file for part in splits.values() for file in part]
-  known = {file.label for file in files}
-  if None not in known:
-    return [str(label) for label in range(max(known, default=-1) + 1)], {f: f.label for f in files}
-  strip = any(_first_folder(file.name).lower() == 'train' for file in files)
-  folders = {
-    file: _first_folder(file.name.partition('/')[2] if strip else file.name) for file in files
+def _by_hash(files: Sequence[File], test_fraction: float) -> dict[str, list[File]]:
+  """Each name's hash decides; where that leaves a split empty, one picture moves there."""
+  if len(files) == 1:
+    logging.warning('The only picture, %s, is used for training and for testing.', files[0].name)
+    return {'train': list(files), 'test': list(files)}
+  ranks = [_rank(file.name) for file in files]
+  _, second, *_ = sorted(ranks)
+  limit = min(max(test_fraction, second), max(ranks))  # the lowest tests, and the highest trains
+  return {
+    'train': [file for file, rank in zip(files, ranks, strict=True) if rank >= limit],
+    'test': [file for file, rank in zip(files, ranks, strict=True) if rank < limit],
   }
-  if '' in folders.values():
-    if any(folders.values()):
-      logging.info('There are no classes, since some pictures are in no sub-folder.')
-    return [], dict.fromkeys(files, 0)
-  names = sorted(set(folders.values()))
-  return names, {file: names.index(folder) for file, folder in folders.items()}
+
+
+def _rank(name: str) -> float:
+  """SHA-256 of the name, as a number in [0, 1]."""
+  digest = hashlib.sha256(_nfc(name).encode(errors='surrogateescape')).digest()
+  return int.from_bytes(digest[:8], 'big') / 2**64
+
+
+def classes(
+  splits: Mapping[str, Sequence[File]], class_names: Sequence[str] = ()
+) -> tuple[dict[str, list[int]], list[str]]:
+  """The labels of the pictures of each split, and the names of the classes.
+
+  Labels that the store gives win. Else the first folder below that of the split is the class, and
+  classes are numbered by their names in code-point order over all splits. If a picture is in no
+  such folder, or there is one class only, there are no classes, and all labels are 0.
+
+  Args:
+    splits: the pictures of each.
+    class_names: names of the labels that the store gives, where it knows them.
+
+  Raises:
+    UserError: if the store gives labels of some pictures only, or one is too large.
+  """
+  files = [file for members in splits.values() for file in members]
+  if any(file.label is not None for file in files):
+    return _given(splits, files, class_names)
+  folders = {_folder(file) for file in files}
+  in_splits = {folder.lower() for folder in folders} <= {'train', *TEST_FOLDERS}
+  depth = 1 if in_splits else 0
+  found = {_class(file, depth) for file in files}
+  names = sorted(found - {''})
+  if '' in found and names:
+    logging.info('There are no classes, since some pictures are in no folder of a class.')
+  if '' in found or len(names) < 2:
+    return {name: [0] * len(members) for name, members in splits.items()}, []
+  numbers = {name: number for number, name in enumerate(names)}
+  labels = {
+    split: [numbers[_class(file, depth)] for file in members] for split, members in splits.items()
+  }
+  return labels, names
+
+
+def _class(file: File, depth: int) -> str:
+  """The folder at `depth`, from 0, in the name of a file; empty if there is none."""
+  folders = _nfc(file.name).split('/')[:-1]
+  return folders[depth] if len(folders) > depth else ''
+
+
+def _given(
+  splits: Mapping[str, Sequence[File]], files: Sequence[File], class_names: Sequence[str]
+) -> tuple[dict[str, list[int]], list[str]]:
+  if missing := [file.name for file in files if file.label is None]:
+    raise UserError(f'it has labels, but none for {missing[0]!r}: label all pictures or none.')
+  limit = len(class_names) or MAX_CLASSES
+  if wrong := [file.label for file in files if not 0 <= file.label < limit]:
+    raise UserError(f'it has a label {wrong[0]}, not from 0 to {limit - 1}: number them from 0.')
+  largest = max(file.label for file in files)
+  names = list(class_names) or [str(number) for number in range(largest + 1)] * (largest > 0)
+  return {name: [file.label for file in members] for name, members in splits.items()}, names

@@ -12,12 +12,13 @@ import mimetypes
 import os
 import pathlib
 import stat
+import struct
 import threading
 import unicodedata
 import zipfile
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -28,14 +29,15 @@ from sources import pictures
 from sources.base import BadPicture
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif')
+MAX_BYTES = 2**28  # of an encoded picture; a small archive can claim to hold any amount
+LABELS = 'dataset.json'  # the labels in archives that the tools of StyleGAN and EDM make
 
 STORES = Registry('store of pictures')
 register_store = STORES.register
+STORES.locate('sources.parquet', 'a Parquet or Arrow file or a folder of them')
+STORES.locate('sources.npz', 'a NumPy .npz file')
 
-STORES.locate('sources.npz', 'an NPZ file')
-STORES.locate('sources.parquet', 'a parquet or arrow file')
-
-MAX_BYTES = 2**30  # of one encoded picture: what claims more is refused unread
+_OF_MACOS = '__MACOSX'  # a folder of metadata that macOS adds to archives
 
 
 class File(NamedTuple):
@@ -61,7 +63,7 @@ class Store(abc.ABC):
   """Encoded pictures by name. Several threads read at once.
 
   Attributes:
-    class_names: the names of the labels of its files, if it knows them.
+    class_names: the names of the labels 0, 1, ...; empty if the store does not say.
   """
 
   class_names: Sequence[str] = ()
@@ -87,14 +89,6 @@ class Store(abc.ABC):
       BadPicture: if they cannot be read.
     """
 
-  def decode(self, file: File, num_channels: int, background: str) -> UInt8[np.ndarray, 'H W C']:
-    """The picture in a file, by the rules of `sources.pictures`.
-
-    Raises:
-      BadPicture: if it cannot be used.
-    """
-    return pictures.decode(self.read(file), num_channels, background)
-
 
 def open_store(path: str | os.PathLike[str]) -> Store:
   """The store at `path`, by the first registered class that recognises it.
@@ -111,13 +105,39 @@ def open_store(path: str | os.PathLike[str]) -> Store:
   raise UserError(f'no reader knows it: give one of {", ".join(STORES.names())}.')
 
 
+def read_labels(store: Store) -> dict[str, Any] | None:
+  """The labels by name in a `dataset.json`; empty if it has none; None if it is of another kind.
+
+  Raises:
+    UserError: if it cannot be read or is no JSON.
+  """
+  try:
+    about = json.loads(store.read(File(LABELS)))
+    if not isinstance(about, dict) or 'labels' not in about:
+      return None
+    return dict(about['labels'] or ())
+  except (ValueError, TypeError, RecursionError) as error:  # a BadPicture is a ValueError
+    raise UserError(f'its {LABELS} is damaged ({error}): copy it again or remove it.') from error
+
+
+def label_of(name: str, labels: dict[str, Any] | None) -> int | None:
+  """The label of a file by what `read_labels` returns.
+
+  A `dataset.json` without labels says that there are no classes: all pictures are of class 0.
+  """
+  if labels is None:
+    return None
+  label = labels.get(name) if labels else 0
+  return label if isinstance(label, int) and label >= 0 else None
+
+
 def fault_of(name: str) -> str | None:
   """Why a file of this name is not used; empty if it is used; None if it is no picture."""
   base = name.rpartition('/')[2]
   suffix = os.path.splitext(base)[1].lower()
   if suffix not in SUFFIXES and not (mimetypes.guess_type(base)[0] or '').startswith('image/'):
     return None
-  if base.startswith('.') or name.startswith('__MACOSX/'):
+  if base.startswith('.') or name.startswith(f'{_OF_MACOS}/'):
     return 'hidden file'
   return '' if suffix in SUFFIXES else f'unsupported format {suffix}'
 
@@ -150,6 +170,7 @@ class FolderStore(Store):
 
   def files(self) -> list[File]:
     """See `Store`."""
+    labels = read_labels(self) if (self.root / LABELS).is_file() else None
     files, seen = [], set()
     pending = collections.deque([(os.fspath(self.root), '')])
     while pending:
@@ -175,8 +196,9 @@ class FolderStore(Store):
           add((entry.path, name + '/'))
         elif fault is not None:
           status = entry.stat()
-          files.append(File(name, status.st_size, status.st_mtime_ns))
-    return sorted(files)
+          label = label_of(name, labels)
+          files.append(File(name, status.st_size, status.st_mtime_ns, label=label))
+    return sorted(files, key=lambda file: file.name)
 
 
 def _fault(entry: os.DirEntry) -> str | None:
@@ -189,7 +211,7 @@ def _fault(entry: os.DirEntry) -> str | None:
       return None
     return 'broken link' if entry.is_symlink() else error.strerror
   if stat.S_ISDIR(status.st_mode):
-    if entry.name.startswith('.'):
+    if entry.name.startswith('.') or entry.name == _OF_MACOS:
       return 'hidden folder'
     suffix = os.path.splitext(entry.name)[1].lower()
     return f'folder named {suffix}' if suffix in SUFFIXES else ''
@@ -197,18 +219,13 @@ def _fault(entry: os.DirEntry) -> str | None:
     return named
   if not stat.S_ISREG(status.st_mode):
     return 'not a regular file'
-  return '' if status.st_size else 'empty file'
+  return _fault_of_size(status.st_size)
 
 
-_UNREADABLE = (
-  OSError,
-  EOFError,
-  NotImplementedError,  # an unknown kind of compression
-  RuntimeError,  # encrypted
-  ValueError,
-  zipfile.BadZipFile,
-  zlib.error,
-)
+def _fault_of_size(size: int) -> str:
+  if size > MAX_BYTES:
+    return f'more than {MAX_BYTES >> 20} MiB'
+  return '' if size else 'empty file'
 
 
 @register_store(name='a ZIP file')
@@ -221,15 +238,17 @@ class ZipStore(Store):
 
   def __init__(self, path: pathlib.Path):
     self._path = path
-    self._open = threading.local()  # a ZipFile for each thread: they seek
+    self._local = threading.local()  # a file for each thread: they seek
     try:
       with zipfile.ZipFile(path) as archive:
-        self._members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError) as error:
+        members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+    except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
       raise UserError(
         f'it is no complete ZIP file ({error}): copy or download it again.'
       ) from error
-    self._prefix = _common_folder([name for name in self._members if fault_of(name) == ''])
+    pictures = [name for name in members if fault_of(name) == '']
+    prefix = '' if LABELS in members else _common_folder(pictures)
+    self._members = {name.removeprefix(prefix): info for name, info in members.items()}
 
   @classmethod
   def recognises(cls, path: pathlib.Path) -> bool:
@@ -237,58 +256,55 @@ class ZipStore(Store):
     return path.suffix.lower() == '.zip'
 
   def files(self) -> list[File]:
-    """See `Store`; `dataset.json`, as the tools of StyleGAN and EDM write it, gives the labels."""
-    labels, files = self._labels(), []
+    """See `Store`."""
+    labels = read_labels(self) if LABELS in self._members else None
+    files = []
     for name, info in self._members.items():
-      fault = fault_of(name)
+      fault = fault_of(info.filename)
       if fault is not None:
-        short = name.removeprefix(self._prefix)
         fault = fault or _fault_of_member(info)
-        files.append(File(short, info.file_size, info.CRC, fault, labels.get(short)))
+        files.append(File(name, info.file_size, info.CRC, fault, label_of(name, labels)))
     return sorted(files, key=lambda file: file.name)
-
-  def _labels(self) -> dict[str, int]:
-    """Labels by the names of files in `dataset.json`; {} if there are none."""
-    name = f'{self._prefix}dataset.json'
-    if name not in self._members:
-      return {}
-    try:
-      content = json.loads(self.read(File('dataset.json')))
-      return {str(file): int(label) for file, label in content.get('labels') or []}
-    except (BadPicture, ValueError, TypeError, AttributeError, RecursionError) as error:
-      raise UserError(
-        f"its dataset.json is not of the form {{'labels': [['name.png', 3], ...]}} ({error}): mend "
-        f'or remove it.'
-      ) from error
 
   def read(self, file: File) -> bytes:
     """The bytes of a file, which are checked against the checksum in the archive."""
-    if not hasattr(self._open, 'archive'):
-      self._open.archive = zipfile.ZipFile(self._path)
+    return self._content(self._members[file.name])
+
+  def _content(self, info: zipfile.ZipInfo) -> bytes:
+    """Reads a member, and never more than the size that the archive claims.
+
+    `zipfile` would need a list of all members for each thread, or a lock.
+    """
+    if fault := _fault_of_member(info):
+      raise BadPicture(fault)
     try:
-      return self._open.archive.read(self._members[self._prefix + file.name])
-    except (
-      OSError,
-      zipfile.BadZipFile,
-      zlib.error,
-      EOFError,
-      NotImplementedError,
-      RuntimeError,
-    ) as error:
+      if not hasattr(self._local, 'file'):
+        self._local.file = self._path.open('rb')
+      file = self._local.file
+      file.seek(info.header_offset)
+      name_length, extra_length = struct.unpack('<26x2H', file.read(30))
+      file.seek(name_length + extra_length, os.SEEK_CUR)
+      content = file.read(info.compress_size)
+      if info.compress_type == zipfile.ZIP_DEFLATED:
+        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, info.file_size)
+    except (OSError, struct.error, zlib.error) as error:
       raise BadPicture(f'damaged in the archive: {error}') from error
+    if len(content) != info.file_size or zlib.crc32(content) != info.CRC:
+      raise BadPicture('damaged in the archive: its checksum is another one')
+    return content
 
 
 def _fault_of_member(info: zipfile.ZipInfo) -> str:
   if info.flag_bits & 1:
     return 'encrypted'
-  if info.file_size > MAX_BYTES:
-    return f'more than {MAX_BYTES:,} bytes'
-  return '' if info.file_size else 'empty file'
+  if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    return 'compressed by a method other than deflate'
+  return _fault_of_size(max(info.file_size, info.compress_size) if info.file_size else 0)
 
 
 def _common_folder(names: Sequence[str]) -> str:
   """The folder, with a slash, that all files are in; '' if there is none, or it is a split."""
-  folders = {name.partition('/')[0] for name in names if '/' in name}
+  folders = {name.partition('/')[0] for name in names}
   if len(folders) != 1 or any('/' not in name for name in names):
     return ''
   folder = folders.pop()
@@ -337,5 +353,6 @@ class PictureFiles:
 
   def read(self, i: int) -> tuple[UInt8[np.ndarray, 'H W C'], int]:
     """Decodes picture number `i` by the rules of `sources.pictures`; returns it and its label."""
-    pixels = self.store.decode(self.files[i], self.num_channels, self.background)
+    content = self.store.read(self.files[i])
+    pixels = pictures.decode(content, self.num_channels, self.background)
     return pixels, self.labels[i] if len(self.labels) else 0

@@ -162,25 +162,25 @@ def test_files_that_cannot_be_read_are_refused_with_their_cause(config, tmp_path
   pyarrow.parquet.write_table(table(range(4)), tmp_path / 'x.parquet')
   whole = (tmp_path / 'x.parquet').read_bytes()
   (tmp_path / 'x.parquet').write_bytes(whole[:-10])
-  refused(tmp_path / 'x.parquet', 'x.parquet cannot be read as parquet')
+  refused(tmp_path / 'x.parquet', 'its file x.parquet is damaged')
   pyarrow.parquet.write_table(pyarrow.table({'a': [1]}), tmp_path / 'y.parquet')
-  refused(tmp_path / 'y.parquet', 'y.parquet has the columns a, none of which holds pictures')
+  refused(tmp_path / 'y.parquet', 'y.parquet')
   (tmp_path / 'z.npz').write_bytes(b'PK')
-  refused(tmp_path / 'z.npz', 'it cannot be read as NPZ')
+  refused(tmp_path / 'z.npz', 'it cannot be used')
   np.savez(tmp_path / 'f.npz', images=np.zeros((2, 8, 8, 3), np.float32))
-  refused(tmp_path / 'f.npz', 'its images have the type float32')
+  refused(tmp_path / 'f.npz', 'its images have type float32')
   np.savez(tmp_path / 'l.npz', images=PIXELS, labels=np.zeros(3, int))
-  refused(tmp_path / 'l.npz', 'its labels have the type int64 and the shape')
+  refused(tmp_path / 'l.npz', 'its labels have type int64 and shape')
   (tmp_path / 'none').mkdir()
-  refused(tmp_path / 'none', 'it holds no picture .0 skipped.: put pictures into it')
-  with pytest.raises(UserError, match="data.path='' is empty, but data.dataset='ImageFolder'"):
+  refused(tmp_path / 'none', 'it holds no picture that can be read')
+  with pytest.raises(UserError, match="in data.path='': it is empty: give a folder"):
     sources_of(config, '')
 
 
 def test_number_of_classes_may_be_stated(config, tmp_path):
   folder = as_folder(tmp_path / 'data')
   assert sources_of(config, folder, num_classes=2)[0].class_names == ('cat', 'dog')
-  with pytest.raises(UserError, match='it has 2 classes, not data.num_classes=3: set that to 2'):
+  with pytest.raises(UserError, match='data.num_classes=3, but it has 2 classes: set'):
     sources_of(config, folder, num_classes=3)
 
 
