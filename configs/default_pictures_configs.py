@@ -40,8 +40,11 @@ def sized(config: ml_collections.ConfigDict, size: str) -> ml_collections.Config
     raise ValueError(f"The argument {size!r} is unknown: use 'full' or 'laptop'.")
   if size == 'laptop':
     recipes.laptop(config)
-    config.model.nf = 32
     config.model.attn_resolutions = (8,)
+    config.model.ema_rate = 0.999
+    config.optim.lr = 1e-3
+    config.training.n_iters = 4000  # colours take longer to learn than digits
+    config.training.snapshot_freq = 2000
     config.eval.extractor = 'pixels'
     config.eval.num_samples = 1000
   return config

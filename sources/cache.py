@@ -206,7 +206,7 @@ def prepared(data: ConfigDict, split: str, pictures: Pictures, framing: Framing)
     reporting.check_writable(folder, 'data.cache_dir')
     with _locked(folder):
       if not (folder / 'index.npz').exists():  # another process may have made it meanwhile
-        _Builder(folder, pictures, framing, data).build(f'{data.dataset}, {split}')
+        _Builder(folder, pictures, framing, data).build(f'{data.dataset}/{split}')
   return _open(folder, framing.size, data.num_channels)
 
 
@@ -287,7 +287,7 @@ class _Builder:
     self._lock = threading.Lock()
 
   def build(self, title: str) -> None:
-    """Makes all shards that are missing, and the index."""
+    """Makes all shards that are missing, and the index; `title` names the data in messages."""
     for path in self._folder.glob('.*-????????'):  # parts of files of a process that was killed
       path.unlink()
     starts = range(0, len(self._pictures), self._step)
@@ -303,7 +303,7 @@ class _Builder:
       except BaseException:
         pool.shutdown(cancel_futures=True)
         raise
-    self._finish(shards)
+    self._finish(shards, title)
 
   def _shard(self, start: int, bar: tqdm.tqdm) -> _Shard:
     """Makes one shard, or reads what is recorded of it."""
@@ -344,19 +344,19 @@ class _Builder:
     with self._lock:
       self._bad += skipped
       if len(self._bad) > self._max_bad:
-        listed = '; '.join(f'{name}: {reason}' for name, reason in self._bad[:3])
+        listed = '; '.join(f'{name}: {reason}' for name, reason in self._bad[-3:])
         raise UserError(
-          f'{len(self._bad)} pictures cannot be used, more than data.max_bad={self._max_bad} '
-          f'({listed}; ...): mend or remove them, or set a larger data.max_bad.'
+          f'More pictures than data.max_bad={self._max_bad} cannot be used, the last of them '
+          f'{listed}: mend or remove them, or set a larger data.max_bad.'
         )
 
-  def _finish(self, shards: list[_Shard]) -> None:
+  def _finish(self, shards: list[_Shard], title: str) -> None:
     skipped = [*self._pictures.skipped, *(item for shard in shards for item in shard.skipped)]
     labels = np.asarray([label for shard in shards for label in shard.labels], np.int64)
     if not len(labels):
       raise UserError(
-        f'none of the {len(self._pictures)} pictures can be used ({summary(skipped)}); '
-        f'a smaller data.min_side also takes small ones, enlarged.'
+        f'None of the {len(self._pictures)} pictures of {title} can be used ({summary(skipped)}): '
+        f'mend or replace them; a smaller data.min_side also takes small ones, enlarged.'
       )
     if skipped:
       path = self._folder / 'skipped.csv'

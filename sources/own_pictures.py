@@ -86,8 +86,8 @@ def from_path(
       class_names=class_names,
       skipped=[(file.name, file.fault) for file in files if file.fault],
     )
-    return prepared(data, split, found, framing)
   except UserError as error:
     raise UserError(
       f'No images for the split {split!r} of {data.dataset} in data.path={path!r}: {error}'
     ) from error
+  return prepared(data, split, found, framing)

@@ -226,7 +226,9 @@ def test_too_many_bad_pictures_are_an_error_and_hidden_ones_do_not_count(config,
     (folder / 'cat' / f'bad{i}.png').write_bytes(b'a text')
   for i in range(10):
     (folder / 'cat' / f'._{i}.png').write_bytes(b'x')
-  with pytest.raises(UserError, match='cannot be used, more than data.max_bad=0 .*cat/bad'):
+  with pytest.raises(
+    UserError, match='More pictures than data.max_bad=0 cannot be used, .*cat/bad'
+  ):
     sources_of(config, folder, max_bad=0)
   assert by_content(*sources_of(config, folder, max_bad=3)) == EXPECTED
 
@@ -234,7 +236,9 @@ def test_too_many_bad_pictures_are_an_error_and_hidden_ones_do_not_count(config,
 def test_a_folder_of_bad_pictures_is_refused(config, tmp_path):
   for i in range(7):
     (tmp_path / f'{i}.jpg').write_bytes(b'<html>')
-  with pytest.raises(UserError, match=r'none of the \d pictures can be used .*not a picture \('):
+  with pytest.raises(
+    UserError, match=r'None of the \d pictures of ImageFolder/train can be used .*not a picture \('
+  ):
     sources_of(config, tmp_path)
 
 
@@ -377,7 +381,9 @@ def test_threads_give_the_cache_of_one(config, tmp_path):
 def test_cache_that_cannot_be_written_to_is_named(config, tmp_path):
   (tmp_path / 'file').touch()
   config.data.cache_dir = str(tmp_path / 'file')
-  with pytest.raises(UserError, match='data.cache_dir: nothing can be written to .*choose another'):
+  with pytest.raises(
+    UserError, match='^data.cache_dir: nothing can be written to .*choose another'
+  ):
     sources_of(config, as_folder(tmp_path / 'data'))
 
 
