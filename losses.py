@@ -10,6 +10,7 @@ Song, Durkan, Murray and Ermon, "Maximum likelihood training of score-based diff
 NeurIPS 2021, https://arxiv.org/abs/2101.09258.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from models import utils as mutils
+from runtime import parallelism
 from runtime.array_types import Array, Batch, PerExample, RandomKey, Scalar
 from runtime.errors import UserError
 from sde_lib import SDE, VESDE, VPSDE, batch_mul
@@ -26,6 +28,7 @@ from train_state import State, get_optimizer, optimization_manager, register_opt
 
 __all__ = [
   'LossFn',
+  'Objective',
   'State',
   'StepFn',
   'build_step_fn',
@@ -66,6 +69,62 @@ def _draws(rng: RandomKey) -> tuple[RandomKey, RandomKey, RandomKey]:
   return time_rng, noise_rng, dropout_rng
 
 
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """A training objective in two parts, so that the second may see a part of the batch at a time.
+
+  Called as `objective(rng, params, states, batch)`, it is a loss function.
+
+  Attributes:
+    perturb: `(rng, images) -> (examples, rng for dropout)`; it draws all that is random about the
+      examples, arrays with a leading axis (B,).
+    losses_of: `(params, states, examples, rng) -> (losses (B,), new states)`.
+  """
+
+  perturb: Callable[[RandomKey, Batch], tuple[Examples, RandomKey]]
+  losses_of: Callable[[PyTree, PyTree, Examples, RandomKey], tuple[PerExample, PyTree]]
+
+  def __call__(
+    self, rng: RandomKey, params: PyTree, states: PyTree, batch: Examples
+  ) -> tuple[Scalar, PyTree]:
+    """The loss of a batch and the new states."""
+    examples, dropout_rng = self.perturb(rng, batch['image'])
+    losses, new_states = self.losses_of(params, states, examples, dropout_rng)
+    return _batch_mean(losses, batch), new_states
+
+  def value_and_grad(
+    self, rng: RandomKey, params: PyTree, states: PyTree, batch: Examples, num_parts: int = 1
+  ) -> tuple[tuple[Scalar, PyTree], PyTree]:
+    """Loss, new states and gradient in `params`, of `num_parts` parts of the batch in turn.
+
+    With more than one part only the activations of one are in memory at a time. All draws but those
+    of dropout are those of the whole batch.
+    """
+    if num_parts == 1:
+      grad_fn = jax.value_and_grad(self.__call__, argnums=1, has_aux=True)
+      return grad_fn(rng, params, states, batch)
+    examples, dropout_rng = self.perturb(rng, batch['image'])
+    # Part i has the examples i, i + num_parts, ...: every device keeps its own.
+    split = lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1)
+    parts = jax.tree.map(split, examples)
+
+    def mean_loss(params, states, part, rng):
+      losses, new_states = self.losses_of(params, states, part, rng)
+      return jnp.mean(losses), new_states
+
+    def add(carry, numbered):
+      (states, total), (i, part) = carry, numbered
+      part = jax.tree.map(parallelism.shard_batch, part)
+      (loss, states), grad = jax.value_and_grad(mean_loss, has_aux=True)(
+        params, states, part, jax.random.fold_in(dropout_rng, i)
+      )
+      return (states, jax.tree.map(jnp.add, total, grad)), loss
+
+    start = states, jax.tree.map(jnp.zeros_like, params)
+    (states, total), losses = jax.lax.scan(add, start, (jnp.arange(num_parts), parts))
+    return (jnp.mean(losses), states), jax.tree.map(lambda x: x / num_parts, total)
+
+
 def get_sde_loss_fn(
   sde: SDE,
   model: nn.Module,
@@ -74,7 +133,7 @@ def get_sde_loss_fn(
   continuous: bool = True,
   likelihood_weighting: bool = True,
   eps: float = 1e-5,
-) -> LossFn:
+) -> Objective:
   """Denoising score matching over continuous time (Eq. 7).
 
   E_t E_{x_t} lambda(t) ||s(x_t, t) - grad log p(x_t | x_0)||^2, where t is uniform in [eps, T] and
@@ -90,31 +149,31 @@ def get_sde_loss_fn(
     eps: the smallest time.
   """
 
-  def loss_fn(
-    rng: RandomKey, params: PyTree, states: PyTree, batch: Examples
-  ) -> tuple[Scalar, PyTree]:
-    data = batch['image']
+  def perturb(rng: RandomKey, data: Batch) -> tuple[Examples, RandomKey]:
     time_rng, noise_rng, dropout_rng = _draws(rng)
     t = jax.random.uniform(time_rng, (data.shape[0],), minval=eps, maxval=sde.T)
     z = jax.random.normal(noise_rng, data.shape)
+    return {'image': data, 't': t, 'z': z}, dropout_rng
+
+  def losses_of(
+    params: PyTree, states: PyTree, examples: Examples, rng: RandomKey
+  ) -> tuple[PerExample, PyTree]:
+    data, t, z = examples['image'], examples['t'], examples['z']
     mean, std = sde.marginal_prob(data, t)
     x_t = mean + batch_mul(std, z)
-
     score_fn = mutils.get_score_fn(sde, model, params, states, train, continuous, return_state=True)
-    score, new_states = score_fn(x_t, t, rng=dropout_rng)
+    score, new_states = score_fn(x_t, t, rng=rng)
     if likelihood_weighting:
       g2 = sde.sde(jnp.zeros_like(data), t)[1] ** 2
-      losses = _reduce((score + batch_mul(1 / std, z)) ** 2, reduce_mean) * g2
-    else:
-      losses = _reduce((batch_mul(std, score) + z) ** 2, reduce_mean)
-    return _batch_mean(losses, batch), new_states
+      return _reduce((score + batch_mul(1 / std, z)) ** 2, reduce_mean) * g2, new_states
+    return _reduce((batch_mul(std, score) + z) ** 2, reduce_mean), new_states
 
-  return loss_fn
+  return Objective(perturb, losses_of)
 
 
 def get_discrete_loss_fn(
   sde: SDE, model: nn.Module, train: bool, *, reduce_mean: bool = False
-) -> LossFn:
+) -> Objective:
   """The objective of the discrete chain that `sde.perturb_discrete` defines.
 
   It is E_i weight_i ||network(x_i, i) - target_i||^2 with i uniform in 0...N-1.
@@ -129,25 +188,27 @@ def get_discrete_loss_fn(
     UserError: when the loss is evaluated, if the SDE has no discrete counterpart.
   """
 
-  def loss_fn(
-    rng: RandomKey, params: PyTree, states: PyTree, batch: Examples
-  ) -> tuple[Scalar, PyTree]:
-    data = batch['image']
+  def perturb(rng: RandomKey, data: Batch) -> tuple[Examples, RandomKey]:
     label_rng, noise_rng, dropout_rng = _draws(rng)
     labels = jax.random.randint(label_rng, (data.shape[0],), 0, sde.N)
     z = jax.random.normal(noise_rng, data.shape)
+    return {'image': data, 'label': labels, 'z': z}, dropout_rng
+
+  def losses_of(
+    params: PyTree, states: PyTree, examples: Examples, rng: RandomKey
+  ) -> tuple[PerExample, PyTree]:
+    data, labels, z = examples['image'], examples['label'], examples['z']
     x_i, target, weight = sde.perturb_discrete(data, z, labels)
     model_fn = mutils.get_model_fn(model, params, states, train)
-    output, new_states = model_fn(x_i, labels, rng=dropout_rng)
-    losses = _reduce((output - target) ** 2, reduce_mean) * weight
-    return _batch_mean(losses, batch), new_states
+    output, new_states = model_fn(x_i, labels, rng=rng)
+    return _reduce((output - target) ** 2, reduce_mean) * weight, new_states
 
-  return loss_fn
+  return Objective(perturb, losses_of)
 
 
 def get_smld_loss_fn(
   vesde: VESDE, model: nn.Module, train: bool, reduce_mean: bool = False
-) -> LossFn:
+) -> Objective:
   """The SMLD objective (Eq. 1): the network predicts the score at each of N noise levels.
 
   The arguments are those of `get_discrete_loss_fn`.
@@ -157,7 +218,7 @@ def get_smld_loss_fn(
 
 def get_ddpm_loss_fn(
   vpsde: VPSDE, model: nn.Module, train: bool, reduce_mean: bool = True
-) -> LossFn:
+) -> Objective:
   """The DDPM objective (Eq. 3): the network predicts the noise at each of N steps.
 
   The arguments are those of `get_discrete_loss_fn`, but `reduce_mean` is on by default.
@@ -173,6 +234,8 @@ def get_step_fn(
   reduce_mean: bool = False,
   continuous: bool = True,
   likelihood_weighting: bool = False,
+  *,
+  grad_accum_steps: int = 1,
 ) -> StepFn:
   """One training or evaluation step, `step_fn((rng, state), batch) -> ((rng, state), loss)`.
 
@@ -188,6 +251,7 @@ def get_step_fn(
     continuous: whether to take the objective over continuous time (Eq. 7); otherwise the discrete
       one of the SDE is taken (Eq. 1 or 3).
     likelihood_weighting: whether to weight by g(t)^2; only with `continuous`.
+    grad_accum_steps: in how many parts, one after the other, the gradient of a batch is computed.
 
   Raises:
     UserError: if a discrete objective is to have likelihood weighting; when the step is run, if the
@@ -211,8 +275,9 @@ def get_step_fn(
     if not train:
       loss, _ = loss_fn(step_rng, state.params_ema, state.model_state, batch)
       return (rng, state), loss
-    grad_fn = jax.value_and_grad(loss_fn, argnums=1, has_aux=True)
-    (loss, model_state), grad = grad_fn(step_rng, state.params, state.model_state, batch)
+    (loss, model_state), grad = loss_fn.value_and_grad(
+      step_rng, state.params, state.model_state, batch, grad_accum_steps
+    )
     state = optimize_fn(state.replace(model_state=model_state), grad)
     return (rng, state), loss
 
@@ -234,4 +299,5 @@ def build_step_fn(config: ConfigDict, sde: SDE, model: nn.Module, *, train: bool
     reduce_mean=training.reduce_mean,
     continuous=training.continuous,
     likelihood_weighting=training.likelihood_weighting,
+    grad_accum_steps=training.grad_accum_steps,
   )

@@ -11,6 +11,9 @@ def get_default_configs() -> ml_collections.ConfigDict:
   config.training = training = ml_collections.ConfigDict()
   training.sde = 'vpsde'
   training.batch_size = 128  # over all devices
+  training.grad_accum_steps = (
+    1  # parts of the batch, in turn, for batches that do not fit in memory
+  )
   training.n_iters = 1300001
   training.snapshot_freq = 50000  # steps between the checkpoints that are kept
   training.snapshot_freq_for_preemption = 10000  # steps between the states that a run resumes from

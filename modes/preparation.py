@@ -6,6 +6,7 @@ build what the mode will use, without computing anything.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -75,9 +76,15 @@ def _check_values(config: ConfigDict) -> None:
   sampling.check(config, sde)
   controllable_generation.check(config)
   datasets.check_batch_size(training.batch_size, 'training.batch_size')
-  for name in ('n_iters', 'n_jitted_steps', *FREQUENCIES):
+  for name in ('n_iters', 'n_jitted_steps', 'grad_accum_steps', *FREQUENCIES):
     if training[name] < 1:
       raise UserError(f'training.{name}={training[name]} must be at least 1.')
+  share = training.batch_size // jax.device_count()
+  if share % training.grad_accum_steps:
+    raise UserError(
+      f'training.grad_accum_steps={training.grad_accum_steps} does not divide the {share} images '
+      f'that each device has of a batch: choose a divisor of {share}, or another batch size.'
+    )
   for name in FREQUENCIES:
     if training[name] % training.n_jitted_steps:
       raise UserError(

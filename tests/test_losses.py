@@ -8,8 +8,11 @@ import pytest
 
 import losses
 from configs.vp import mnist_ddpmpp_continuous
+from models import utils as mutils
+from modes.preparation import prepare
 from runtime.errors import UserError
-from sde_lib import VESDE, VPSDE, subVPSDE
+from sde_lib import VESDE, VPSDE, get_sde, subVPSDE
+from tests import tiny_config
 
 DATA_STD = 0.5
 
@@ -103,3 +106,40 @@ def test_learning_rate_warms_up_linearly_and_the_gradient_is_clipped(warmup):
     np.testing.assert_allclose(updates['w'], [-rate, rate], rtol=1e-4, atol=1e-9)
   moments = jax.tree.leaves(state)
   assert any(np.allclose(leaf, [0.6 * (1 - 0.9**6), -0.8 * (1 - 0.9**6)]) for leaf in moments)
+
+
+@pytest.mark.parametrize('continuous', [True, False])
+def test_gradient_of_parts_of_a_batch_is_that_of_the_whole(continuous):
+  config = tiny_config.get_config()
+  config.model.dropout = 0.0
+  config.training.continuous = continuous
+  config.model.num_scales = 100
+  sde = get_sde(config)
+  model, states, params = mutils.init_model(jax.random.PRNGKey(0), config)
+  if continuous:
+    objective = losses.get_sde_loss_fn(sde, model, True)
+  else:
+    objective = losses.get_ddpm_loss_fn(sde, model, True)
+  batch = {'image': DATA_STD * jax.random.normal(jax.random.PRNGKey(3), (16, 28, 28, 1))}
+
+  def gradient(num_parts):
+    step = lambda params: objective.value_and_grad(
+      jax.random.PRNGKey(1), params, states, batch, num_parts
+    )
+    compiled = jax.jit(step).lower(params).compile()
+    (loss, _), grad = compiled(params)
+    return loss, grad, compiled.memory_analysis().temp_size_in_bytes
+
+  whole_loss, whole, whole_bytes = gradient(1)
+  for num_parts in (2, 8):
+    loss, grad, part_bytes = gradient(num_parts)
+    np.testing.assert_allclose(loss, whole_loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), grad, whole)
+  assert part_bytes < 0.5 * whole_bytes
+
+
+def test_batch_that_cannot_be_cut_into_parts_is_refused():
+  config = mnist_ddpmpp_continuous.get_config()
+  config.training.grad_accum_steps = 5
+  with pytest.raises(UserError, match='grad_accum_steps=5 does not divide the 32 images that each'):
+    prepare(config)
