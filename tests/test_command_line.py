@@ -1,10 +1,13 @@
 """The command line as people write it: every mistake is a sentence, and nothing is lost."""
 
+import json
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import run_lib
 from runtime.errors import UserError
@@ -183,3 +186,49 @@ def test_full_disk_is_a_sentence_and_the_same_command_resumes(tmp_path):
   code, output = main(*arguments)
   assert code == 0, output
   assert 'Training is complete at step 5' in output
+
+
+def test_own_pictures_are_prepared_inspected_and_trained_on(tmp_path):
+  noise = np.random.default_rng(0).integers(0, 256, (30, 40, 36, 3), np.uint8)
+  for i, pixels in enumerate(noise):
+    folder = tmp_path / 'pictures' / ('cat', 'dog')[i % 2]
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(folder / f'{i}.png')
+  (folder / 'broken.jpg').write_bytes(b'a text')
+  common = [
+    f'--config.data.path={tmp_path / "pictures"}',
+    f'--config.data.cache_dir={tmp_path / "cache"}',
+  ]
+  recipe = '--config=configs/ve/pictures_ncsnpp_continuous.py:laptop'
+  for _ in range(2):
+    code, output = main('--mode=prepare_data', recipe, *common)
+    assert code == 0
+    counts = [int(n) for n in re.findall(r'ImageFolder, \w+: (\d+) images', output)]
+    assert sum(counts) == 30
+    assert output.count('2 classes') == 2
+  assert '1 x not a picture (dog/broken.jpg)' not in output  # it is known by now
+  workdir = tmp_path / 'run'
+  code, output = main('--mode=inspect_data', recipe, *common, f'--workdir={workdir}')
+  assert code == 0
+  assert 'config.model.sigma_max = ' in output
+  assert {path.name for path in (workdir / 'data').iterdir()} == {
+    'augmented.png',
+    'report.json',
+    'test.png',
+    'train.png',
+  }
+  tiny = ['--config=tests/tiny_config.py', '--config.data.dataset=ImageFolder']
+  steps = ['--config.training.n_iters=2', '--config.training.snapshot_sampling=False']
+  code, output = main('--mode=train', *tiny, *steps, *common, f'--workdir={workdir}')
+  assert code == 0
+  recorded = json.loads((workdir / 'data.json').read_text())
+  assert recorded['class_names'] == ['cat', 'dog']
+  assert recorded['num_classes'] == 2
+
+
+@pytest.mark.parametrize('name', ['requirements.txt', 'requirements-dev.txt', 'requirements.lock'])
+def test_no_requirement_is_tensorflow(name):
+  lines = (ROOT / name).read_text().splitlines()
+  packages = {re.match(r'[\w.-]*', line)[0].replace('_', '-').lower() for line in lines}
+  assert 'jax' in packages or name == 'requirements-dev.txt'
+  assert not packages & {'tensorflow', 'tensorflow-cpu', 'tf-nightly', 'tensorflow-gan'}
