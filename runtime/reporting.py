@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import pathlib
 import shutil
 import sys
@@ -23,6 +22,7 @@ from PIL import Image
 from runtime import parallelism
 from runtime.array_types import Array, GreyLevels, Images
 from runtime.errors import UserError
+from runtime.files import write_atomic
 
 # What an .npz file can hold; NumPy makes an array of a single number or text.
 Storable = np.ndarray | np.generic | float | int | str
@@ -30,22 +30,6 @@ _Floats = Float[Array, '*dims']
 _Levels = UInt8[np.ndarray, '*dims']
 
 MAX_GRID_PIXELS = 2**24
-
-
-def write_atomic(path: pathlib.Path, data: bytes) -> None:
-  """Writes a file so that it is complete or absent, even if the process is killed meanwhile."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}-')
-  try:
-    with os.fdopen(descriptor, 'wb') as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
 
 
 def check_writable(path: pathlib.Path, setting: str) -> None:

@@ -20,11 +20,8 @@ import io
 import json
 import os
 import pathlib
-import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, SupportsIndex
 
@@ -34,13 +31,14 @@ import tqdm
 from absl import logging
 from jaxtyping import Float, Int, Integer, UInt8
 from ml_collections import ConfigDict
-from PIL import Image
 
 from runtime import npz_file, reporting
 from runtime.errors import UserError
+from runtime.files import write_atomic
 from runtime.startup import available_cores
-from sources.base import BadPicture, Example, Pictures
+from sources.base import Example, Pictures
 from sources.framing import Framing
+from sources.shards import Shard, ShardMaker, working
 
 try:
   import fcntl
@@ -49,7 +47,7 @@ except ImportError:  # Windows, where two processes that make one cache go unnot
 
 _VERSION = 1  # of the files; part of the hash
 _SHARD_BYTES = 2**26
-_SHARDS = 16  # at least, of a data set with so many pictures, so that threads can share the work
+_SHARDS = 16  # at least, of a data set with so many pictures, so that workers can share them
 
 
 def default_folder() -> pathlib.Path:
@@ -200,13 +198,15 @@ def prepared(data: ConfigDict, split: str, pictures: Pictures, framing: Framing)
   digest = hashlib.sha256(json.dumps(about).encode(errors='surrogatepass')).hexdigest()[:16]
   folder = cache_folder(data) / f'{data.dataset}-{split}-{digest}'
   if not (folder / 'index.npz').exists():
-    len(
-      pictures
-    )  # opens what is opened late, so that a missing file is told before a folder is made
+    count = len(pictures)  # opens the files: what is missing is told before a folder is made
     reporting.check_writable(folder, 'data.cache_dir')
+    of_bytes = _SHARD_BYTES // (framing.size**2 * data.num_channels)
+    step = max(1, min(of_bytes, -(-count // _SHARDS)))
+    maker = ShardMaker(folder, pictures, framing, count, step)
     with _locked(folder):
       if not (folder / 'index.npz').exists():  # another process may have made it meanwhile
-        _Builder(folder, pictures, framing, data).build(f'{data.dataset}/{split}')
+        workers = data.num_workers or available_cores()
+        _build(maker, workers, data.max_bad, f'{data.dataset}/{split}')
   return _open(folder, framing.size, data.num_channels)
 
 
@@ -247,139 +247,61 @@ def _open(folder: pathlib.Path, size: int, num_channels: int) -> CachedPictures:
     ) from error
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-  """What is recorded of the pictures of one shard that are used.
-
-  Attributes:
-    shapes: height and width of each.
-    labels: of each.
-    skipped: name and reason of those that are not used.
-    checksum: CRC-32C of the pixels.
-    digest: SHA-256 of the pixels.
-  """
-
-  shapes: Sequence[Sequence[int]]
-  labels: Sequence[int]
-  skipped: Sequence[Sequence[str]]
-  checksum: int
-  digest: str
-
-
-class _Builder:
-  """Makes the cache of one split.
-
-  Args:
-    folder: of the cache.
-    pictures: what the data set stores.
-    framing: what is done to each picture.
-    data: the configuration, see `prepared`.
-  """
-
-  def __init__(self, folder: pathlib.Path, pictures: Pictures, framing: Framing, data: ConfigDict):
-    self._folder, self._pictures, self._framing = folder, pictures, framing
-    self._max_bad = data.max_bad
-    self._threads = data.num_workers or available_cores()
-    count = len(pictures)
-    of_bytes = _SHARD_BYTES // (framing.size**2 * data.num_channels)
-    self._step = max(1, min(of_bytes, -(-count // _SHARDS)))
-    self._bad: list[Sequence[str]] = []
-    self._lock = threading.Lock()
-
-  def build(self, title: str) -> None:
-    """Makes all shards that are missing, and the index; `title` names the data in messages."""
-    for path in self._folder.glob('.*-????????'):  # parts of files of a process that was killed
-      path.unlink()
-    starts = range(0, len(self._pictures), self._step)
-    Image.init()  # loading Pillow's plugins is not safe in threads
-    with (
-      warnings.catch_warnings(),
-      tqdm.tqdm(total=len(self._pictures), desc=title, unit='picture', disable=None) as bar,
-      ThreadPoolExecutor(self._threads) as pool,
-    ):
-      warnings.simplefilter('ignore')  # Pillow's, about damaged metadata
-      try:
-        shards = list(pool.map(lambda start: self._shard(start, bar), starts))
-      except BaseException:
-        pool.shutdown(cancel_futures=True)
-        raise
-    self._finish(shards, title)
-
-  def _shard(self, start: int, bar: tqdm.tqdm) -> _Shard:
-    """Makes one shard, or reads what is recorded of it."""
-    path = self._folder / f'shard_{start // self._step:05d}.bin'
-    record = path.with_suffix('.json')
-    numbers = range(start, min(start + self._step, len(self._pictures)))
-    if record.exists():
-      shard = _Shard(**json.loads(record.read_text(encoding='utf-8')))
-      self._count_bad(shard.skipped)
-      bar.update(len(numbers))
-      return shard
-    images, shapes, labels, skipped = [], [], [], []
-    for i in numbers:
-      try:
-        pixels, label = self._pictures.read(i)
-        image = self._framing(pixels)
-      except BadPicture as error:
-        skipped.append((self._pictures.name(i), str(error)))
-        self._count_bad(skipped[-1:])
-      else:
-        images.append(image.tobytes())
-        shapes.append(image.shape[:2])
-        labels.append(int(label))
-      bar.update()
-    pixels = b''.join(images)
-    shard = _Shard(
-      shapes=shapes,
-      labels=labels,
-      skipped=skipped,
-      checksum=crc32c.crc32c(pixels),
-      digest=hashlib.sha256(pixels).hexdigest(),
-    )
-    reporting.write_atomic(path, pixels)
-    reporting.write_atomic(record, json.dumps(dataclasses.asdict(shard)).encode())
-    return shard
-
-  def _count_bad(self, skipped: Sequence[Sequence[str]]) -> None:
-    with self._lock:
-      self._bad += skipped
-      if len(self._bad) > self._max_bad:
-        listed = '; '.join(f'{name}: {reason}' for name, reason in self._bad[-3:])
+def _build(maker: ShardMaker, workers: int, max_bad: int, title: str) -> None:
+  """Makes all shards that are missing, and the index; `title` names the data in messages."""
+  for path in maker.folder.glob('.*-????????'):  # parts of files of a process that was killed
+    path.unlink()
+  shards, bad = [], []
+  with (
+    working(maker, workers) as make,
+    tqdm.tqdm(total=maker.count, desc=title, unit='picture', disable=None) as bar,
+  ):
+    for shard in make(range(len(maker))):
+      shards.append(shard)
+      bad += shard.skipped
+      bar.update(len(shard.labels) + len(shard.skipped))
+      if len(bad) > max_bad:
+        listed = '; '.join(f'{name}: {reason}' for name, reason in bad[:3])
         raise UserError(
-          f'More pictures than data.max_bad={self._max_bad} cannot be used, the last of them '
-          f'{listed}: mend or remove them, or set a larger data.max_bad.'
+          f'{len(bad)} pictures of {title} cannot be used, more than data.max_bad={max_bad} '
+          f'(such as {listed}): mend or remove them, or set a larger data.max_bad.'
         )
-
-  def _finish(self, shards: list[_Shard], title: str) -> None:
-    skipped = [*self._pictures.skipped, *(item for shard in shards for item in shard.skipped)]
-    labels = np.asarray([label for shard in shards for label in shard.labels], np.int64)
-    if not len(labels):
-      raise UserError(
-        f'None of the {len(self._pictures)} pictures of {title} can be used ({summary(skipped)}): '
-        f'mend or replace them; a smaller data.min_side also takes small ones, enlarged.'
-      )
-    if skipped:
-      path = self._folder / 'skipped.csv'
-      text = io.StringIO()
-      csv.writer(text).writerows([('file', 'reason'), *skipped])
-      reporting.write_atomic(path, text.getvalue().encode(errors='surrogateescape'))
-      logging.warning('Not all pictures are used, %s; %s lists them.', summary(skipped), path)
-    shapes = [shape for shard in shards for shape in shard.shapes]
-    digest = hashlib.sha256(''.join(shard.digest for shard in shards).encode())
-    digest.update(json.dumps([shapes, labels.tolist()]).encode())
-    about: dict[str, Any] = {
-      'class_names': list(self._pictures.class_names),
-      'fingerprint': digest.hexdigest(),
-      'num_skipped': len(skipped),
-    }
-    reporting.write_npz(
-      self._folder / 'index.npz',
-      shapes=np.asarray(shapes, np.int64),
-      labels=labels,
-      starts=np.cumsum([0, *(len(shard.labels) for shard in shards)]),
-      checksums=np.asarray([shard.checksum for shard in shards], np.int64),
-      about=np.asarray(json.dumps(about)),
+  skipped = [*maker.pictures.skipped, *bad]
+  labels = np.asarray([label for shard in shards for label in shard.labels], np.int64)
+  if not len(labels):
+    raise UserError(
+      f'None of the {maker.count} pictures of {title} can be used ({summary(skipped)}): mend or '
+      f'replace them; a smaller data.min_side also takes small ones, enlarged.'
     )
+  if skipped:
+    path = maker.folder / 'skipped.csv'
+    text = io.StringIO()
+    csv.writer(text).writerows([('file', 'reason'), *skipped])
+    write_atomic(path, text.getvalue().encode(errors='surrogateescape'))
+    logging.warning('Not all pictures are used, %s; %s lists them.', summary(skipped), path)
+  _write_index(maker, shards, labels, len(skipped))
+
+
+def _write_index(
+  maker: ShardMaker, shards: list[Shard], labels: Int[np.ndarray, ' N'], num_skipped: int
+) -> None:
+  """Completes a cache."""
+  shapes = [shape for shard in shards for shape in shard.shapes]
+  digest = hashlib.sha256(''.join(shard.digest for shard in shards).encode())
+  digest.update(json.dumps([shapes, labels.tolist()]).encode())
+  about: dict[str, Any] = {
+    'class_names': list(maker.pictures.class_names),
+    'fingerprint': digest.hexdigest(),
+    'num_skipped': num_skipped,
+  }
+  reporting.write_npz(
+    maker.folder / 'index.npz',
+    shapes=np.asarray(shapes, np.int64),
+    labels=labels,
+    starts=np.cumsum([0, *(len(shard.labels) for shard in shards)]),
+    checksums=np.asarray([shard.checksum for shard in shards], np.int64),
+    about=np.asarray(json.dumps(about)),
+  )
 
 
 def summary(skipped: Sequence[Sequence[str]], examples: int = 3) -> str:

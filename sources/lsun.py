@@ -141,6 +141,7 @@ class LmdbStore(Store):
     UserError: if there is no such data base, or it is truncated.
   """
 
+  portable = True
   # LMDB forbids a process to open a data base twice.
   _opened: ClassVar = weakref.WeakValueDictionary()
   _lock = threading.Lock()
@@ -148,6 +149,9 @@ class LmdbStore(Store):
   def __init__(self, path: pathlib.Path):
     self._path = path
     self._data_base = self._open(path)
+
+  def __reduce__(self) -> Any:
+    return type(self), (self._path,)
 
   @classmethod
   def _open(cls, path: pathlib.Path) -> Any:

@@ -37,7 +37,10 @@ class TableStore(Store):
     path: a file, or the folder that they are in.
   """
 
+  portable = True
+
   def __init__(self, path: pathlib.Path):
+    self._path = path
     self._tables: list[_Table] = []
     self._rows: dict[str, tuple[_Table, int]] = {}
     paths = sorted(_table_files(path)) if path.is_dir() else [path]
@@ -53,6 +56,9 @@ class TableStore(Store):
           f'its file {file.name} is damaged ({_first_line(error)}): copy or download it again.'
         ) from error
     self.class_names = self._tables[0].class_names
+
+  def __reduce__(self) -> Any:
+    return type(self), (self._path,)
 
   @classmethod
   def recognises(cls, path: pathlib.Path) -> bool:

@@ -17,6 +17,7 @@ import pathlib
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -190,6 +191,15 @@ class LazyPictures:
   def _pictures(self) -> Pictures:
     return self.open()
 
+  @property
+  def portable(self) -> bool:
+    """Whether another process can read a pickled copy."""
+    return getattr(self._pictures, 'portable', False)
+
+  def __reduce__(self) -> Any:
+    """Other processes get the opened pictures: functions cannot be sent."""
+    return _same, (self._pictures,)
+
   def __len__(self) -> int:
     """The number of pictures."""
     return len(self._pictures)
@@ -201,6 +211,10 @@ class LazyPictures:
   def read(self, i: int) -> tuple[UInt8[np.ndarray, 'H W C'], int]:
     """Picture number `i` and its label."""
     return self._pictures.read(i)
+
+
+def _same(pictures: Pictures) -> Pictures:
+  return pictures
 
 
 def verified(data: ConfigDict, name: str, names: Iterable[str]) -> pathlib.Path:

@@ -18,7 +18,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -64,9 +64,11 @@ class Store(abc.ABC):
 
   Attributes:
     class_names: the names of the labels 0, 1, ...; empty if the store does not say.
+    portable: whether another process can open a pickled copy.
   """
 
   class_names: Sequence[str] = ()
+  portable: ClassVar[bool] = False
 
   @classmethod
   @abc.abstractmethod
@@ -155,6 +157,7 @@ class FolderStore(Store):
   """
 
   root: pathlib.Path
+  portable: ClassVar[bool] = True
 
   @classmethod
   def recognises(cls, path: pathlib.Path) -> bool:
@@ -236,6 +239,8 @@ class ZipStore(Store):
     path: the file.
   """
 
+  portable = True
+
   def __init__(self, path: pathlib.Path):
     self._path = path
     self._local = threading.local()  # a file for each thread: they seek
@@ -249,6 +254,9 @@ class ZipStore(Store):
     pictures = [name for name in members if fault_of(name) == '']
     prefix = '' if LABELS in members else _common_folder(pictures)
     self._members = {name.removeprefix(prefix): info for name, info in members.items()}
+
+  def __reduce__(self) -> Any:
+    return type(self), (self._path,)
 
   @classmethod
   def recognises(cls, path: pathlib.Path) -> bool:
@@ -333,6 +341,11 @@ class PictureFiles:
   background: str = 'white'
   class_names: Sequence[str] = ()
   skipped: Sequence[tuple[str, str]] = ()
+
+  @property
+  def portable(self) -> bool:
+    """Whether another process can read a pickled copy."""
+    return self.store.portable
 
   @property
   def key(self) -> str:

@@ -227,7 +227,7 @@ def test_too_many_bad_pictures_are_an_error_and_hidden_ones_do_not_count(config,
   for i in range(10):
     (folder / 'cat' / f'._{i}.png').write_bytes(b'x')
   with pytest.raises(
-    UserError, match='More pictures than data.max_bad=0 cannot be used, .*cat/bad'
+    UserError, match='pictures of ImageFolder/.* cannot be used, more than data.max_bad=0 .*cat/bad'
   ):
     sources_of(config, folder, max_bad=0)
   assert by_content(*sources_of(config, folder, max_bad=3)) == EXPECTED
@@ -376,6 +376,23 @@ def test_threads_give_the_cache_of_one(config, tmp_path):
     train, _ = sources_of(config, folder, num_workers=threads)
     found.append(content(train.folder))
   assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize('kind', [as_folder, as_zip, as_parquet, as_arrow_stream])
+def test_processes_give_the_cache_of_threads(kind, config, tmp_path, monkeypatch):
+  (tmp_path / 'data').mkdir()
+  path = kind(tmp_path / 'data')
+  train, _ = sources_of(config, path)
+  files = content(train.folder)
+  monkeypatch.setattr('sources.shards.MANY', 1)
+  config.data.cache_dir = str(tmp_path / 'other')
+  again, _ = sources_of(config, path, num_workers=2)
+  assert content(again.folder) == files
+  config.data.cache_dir = str(tmp_path / 'third')
+  if kind is as_folder:
+    (path / 'cat' / 'bad.png').write_bytes(b'a text')
+    with pytest.raises(UserError, match='more than data.max_bad=0'):
+      sources_of(config, path, max_bad=0)
 
 
 def test_cache_that_cannot_be_written_to_is_named(config, tmp_path):

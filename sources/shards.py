@@ -1,0 +1,139 @@
+"""The work of filling a cache, a shard of pictures at a time, in threads or processes.
+
+Decoding holds Python's lock for half of its time, so that threads keep fewer than two cores busy.
+Many pictures are therefore decoded by several processes, which import this module and no JAX.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import crc32c
+import loky
+from PIL import Image
+
+from runtime.files import write_atomic
+from sources.base import BadPicture, Pictures
+from sources.framing import Framing
+
+MANY = 2000  # pictures, from which on the start of processes pays
+_IDLE = 10  # seconds after which an idle process ends, as when the one that started it was killed
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """What is recorded of the pictures of one shard that are used.
+
+  Attributes:
+    shapes: height and width of each.
+    labels: of each.
+    skipped: name and reason of those that are not used.
+    checksum: CRC-32C of the pixels.
+    digest: SHA-256 of the pixels.
+  """
+
+  shapes: Sequence[Sequence[int]]
+  labels: Sequence[int]
+  skipped: Sequence[Sequence[str]]
+  checksum: int
+  digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardMaker:
+  """Makes the shards of one split.
+
+  Attributes:
+    folder: where they go.
+    pictures: what the data set stores.
+    framing: what is done to each picture.
+    count: the number of pictures.
+    step: the number of pictures of a shard, of which the last one may have fewer.
+  """
+
+  folder: pathlib.Path
+  pictures: Pictures
+  framing: Framing
+  count: int
+  step: int
+
+  def __len__(self) -> int:
+    """The number of shards."""
+    return -(-self.count // self.step)
+
+  def make(self, number: int) -> Shard:
+    """Makes a shard, or reads what is recorded of it if it is complete."""
+    path = self.folder / f'shard_{number:05d}.bin'
+    record = path.with_suffix('.json')
+    if record.exists():
+      return Shard(**json.loads(record.read_text(encoding='utf-8')))
+    images, shapes, labels, skipped = [], [], [], []
+    for i in range(number * self.step, min((number + 1) * self.step, self.count)):
+      try:
+        pixels, label = self.pictures.read(i)
+        image = self.framing(pixels)
+      except BadPicture as error:
+        skipped.append((self.pictures.name(i), str(error)))
+      else:
+        images.append(image.tobytes())
+        shapes.append(image.shape[:2])
+        labels.append(int(label))
+    content = b''.join(images)
+    shard = Shard(
+      shapes=shapes,
+      labels=labels,
+      skipped=skipped,
+      checksum=crc32c.crc32c(content),
+      digest=hashlib.sha256(content).hexdigest(),
+    )
+    write_atomic(path, content)
+    write_atomic(record, json.dumps(dataclasses.asdict(shard)).encode())
+    return shard
+
+
+@contextlib.contextmanager
+def working(maker: ShardMaker, workers: int) -> Iterator[Callable[[range], Iterator[Shard]]]:
+  """Starts workers; yields a function that maps the numbers of shards to them, in order."""
+  if workers > 1 and maker.count >= MANY and getattr(maker.pictures, 'portable', False):
+    with loky.ProcessPoolExecutor(
+      workers, timeout=_IDLE, initializer=_start, initargs=(maker,)
+    ) as pool:
+      try:
+        yield functools.partial(pool.map, _make)
+      except BaseException:
+        pool.shutdown(kill_workers=True)
+        raise
+    return
+  _prepare_pillow()
+  with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
+    warnings.simplefilter('ignore')  # Pillow's, about damaged metadata
+    try:
+      yield functools.partial(pool.map, maker.make)
+    except BaseException:
+      pool.shutdown(cancel_futures=True)
+      raise
+
+
+def _prepare_pillow() -> None:
+  Image.init()  # loading its plugins is not safe in threads
+
+
+_maker: ShardMaker  # of a worker process
+
+
+def _start(maker: ShardMaker) -> None:
+  """Makes a worker process ready."""
+  global _maker
+  _prepare_pillow()
+  warnings.simplefilter('ignore')
+  _maker = maker
+
+
+def _make(number: int) -> Shard:
+  return _maker.make(number)
