@@ -44,7 +44,7 @@ class TableStore(Store):
     self._tables: list[_Table] = []
     self._rows: dict[str, tuple[_Table, int]] = {}
     paths = sorted(_table_files(path)) if path.is_dir() else [path]
-    self._prefixes = [_prefix(file.relative_to(path)) for file in paths]
+    prefixes = [_prefix(file.relative_to(path)) for file in paths]
     for file in paths:
       table = _Parquet if file.suffix.lower() == '.parquet' else _Arrow
       try:
@@ -55,6 +55,8 @@ class TableStore(Store):
         raise UserError(
           f'its file {file.name} is damaged ({_first_line(error)}): copy or download it again.'
         ) from error
+    for table, prefix in zip(self._tables, prefixes, strict=True):
+      self._rows |= {f'{prefix}{row:08d}': (table, row) for row in range(len(table.labels))}
     self.class_names = self._tables[0].class_names
 
   def __reduce__(self) -> Any:
@@ -69,14 +71,11 @@ class TableStore(Store):
 
   def files(self) -> list[File]:
     """See `Store`."""
-    files = []
-    for table, prefix in zip(self._tables, self._prefixes, strict=True):
-      version = table.path.stat().st_mtime_ns
-      for row, label in enumerate(table.labels):
-        name = f'{prefix}{row:08d}'
-        self._rows[name] = table, row
-        files.append(File(name, version=version, label=label))
-    return sorted(files, key=lambda file: file.name)
+    versions = {table: table.path.stat().st_mtime_ns for table in self._tables}
+    return [
+      File(name, version=versions[table], label=table.labels[row])
+      for name, (table, row) in sorted(self._rows.items(), key=lambda item: item[0])
+    ]
 
   def read(self, file: File) -> bytes:
     """The bytes of a picture."""
