@@ -76,7 +76,7 @@ class CachedPictures:
     starts: the number of the first picture of each shard, and N.
     checksums: CRC-32C of each shard.
     class_names: the names of the labels.
-    fingerprint: SHA-256 of all pixels, sizes and labels.
+    fingerprint: SHA-256 of the sizes, the labels and checksums of the pixels of all pictures.
     num_skipped: how many files were skipped.
   """
 

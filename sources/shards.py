@@ -16,9 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import crc32c
 import loky
+import numpy as np
 from PIL import Image
 
-from runtime.files import write_atomic
+from runtime.files import open_atomic, write_atomic
 from sources.base import BadPicture, Pictures
 from sources.framing import Framing
 
@@ -35,7 +36,7 @@ class Shard:
     labels: of each.
     skipped: name and reason of those that are not used.
     checksum: CRC-32C of the pixels.
-    digest: SHA-256 of the pixels.
+    digest: SHA-256 of the checksums of the pictures.
   """
 
   shapes: Sequence[Sequence[int]]
@@ -73,26 +74,25 @@ class ShardMaker:
     record = path.with_suffix('.json')
     if record.exists():
       return Shard(**json.loads(record.read_text(encoding='utf-8')))
-    images, shapes, labels, skipped = [], [], [], []
-    for i in range(number * self.step, min((number + 1) * self.step, self.count)):
-      try:
-        pixels, label = self.pictures.read(i)
-        image = self.framing(pixels)
-      except BadPicture as error:
-        skipped.append((self.pictures.name(i), str(error)))
-      else:
-        images.append(image.tobytes())
+    shapes, labels, skipped, checksum, digest = [], [], [], 0, hashlib.sha256()
+    # Checksums tell a shard that a failing machine has not written to the end.
+    with open_atomic(path, sync=False) as file:
+      for i in range(number * self.step, min((number + 1) * self.step, self.count)):
+        try:
+          pixels, label = self.pictures.read(i)
+          image = np.ascontiguousarray(self.framing(pixels))
+        except BadPicture as error:
+          skipped.append((self.pictures.name(i), str(error)))
+          continue
+        content = memoryview(image).cast('B')
+        file.write(content)
+        checksum = crc32c.crc32c(content, checksum)
+        digest.update(crc32c.crc32c(content).to_bytes(4))
         shapes.append(image.shape[:2])
         labels.append(int(label))
-    content = b''.join(images)
     shard = Shard(
-      shapes=shapes,
-      labels=labels,
-      skipped=skipped,
-      checksum=crc32c.crc32c(content),
-      digest=hashlib.sha256(content).hexdigest(),
+      shapes=shapes, labels=labels, skipped=skipped, checksum=checksum, digest=digest.hexdigest()
     )
-    write_atomic(path, content)
     write_atomic(record, json.dumps(dataclasses.asdict(shard)).encode())
     return shard
 
