@@ -1,6 +1,5 @@
 """`--mode=inspect_data`: what a network will see of the data, before any training."""
 
-import itertools
 import json
 import pathlib
 import time
@@ -38,23 +37,20 @@ def inspect_data(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
   folder = workdir / 'data'
   reporting.check_writable(folder, '--workdir')
   log_start(config)
-  plain = datasets.get_dataset(config, evaluation=True)[:2]
-  training, _, source = datasets.get_dataset(config, config.data.uniform_dequantization)
-  report = {
-    split: _describe(dataset, config)
-    for split, dataset in zip(('train', 'test'), plain, strict=True)
-  }
-  for split, dataset in zip(('train', 'test'), plain, strict=True):
+  training, test, source = datasets.get_dataset(config, config.data.uniform_dequantization)
+  report = {}
+  for split, dataset in (('train', training), ('test', test)):
+    report[split] = _describe(dataset, config)
     first = dataset.source
     images = [first[i]['image'] for i in range(min(len(first), _capacity(config)))]
     reporting.write_png(folder / f'{split}.png', reporting.image_grid(np.stack(images)))
   reporting.write_png(folder / 'augmented.png', reporting.image_grid(_augmented(training, config)))
   report['images_per_second'] = _speed(training)
-  line = ''
+  report['settings'] = {name: _lines(recipe, config) for name, recipe in _RECIPES.items()}
   if config.eval.sigma_max_images:
-    line = TrainingImages(config, source).read().sigma_max_line()
-    report['sigma_max'] = float(line.split()[2])
-  report['settings'] = {name: _lines(recipe, config, line) for name, recipe in _RECIPES.items()}
+    images = TrainingImages(config, source).read()
+    report['sigma_max'] = images.sigma_max()
+    report['settings']['VE'].append(images.sigma_max_line(scaler=lambda x: x))  # of [0, 1]
   reporting.write_atomic(folder / 'report.json', json.dumps(report, indent=2).encode())
   _log(report, folder)
   return report
@@ -121,15 +117,14 @@ def _speed(dataset: datasets.Dataset) -> int:
   """How many images a second the input delivers, measured for some seconds."""
   batches: Iterator[datasets.Example] = dataset.iterate()
   next(batches)
-  start = time.perf_counter()
-  for count in itertools.count(1):
+  start, count = time.perf_counter(), 0
+  while (seconds := time.perf_counter() - start) < _SECONDS:
     next(batches)
-    if (seconds := time.perf_counter() - start) > _SECONDS:
-      return round(count * dataset.batch_size / seconds)
-  raise AssertionError('an endless loop has ended')
+    count += dataset.batch_size
+  return round(count / seconds)
 
 
-def _lines(recipe: Callable[[ConfigDict], None], config: ConfigDict, sigma_max: str) -> list[str]:
+def _lines(recipe: Callable[[ConfigDict], None], config: ConfigDict) -> list[str]:
   """The lines of a configuration that train on these data under the SDE of a recipe."""
   chosen = ConfigDict({name: {} for name in ('training', 'sampling', 'data', 'model')})
   recipe(chosen)
@@ -137,18 +132,7 @@ def _lines(recipe: Callable[[ConfigDict], None], config: ConfigDict, sigma_max: 
   for name in ('dataset', 'path', 'image_size', 'num_channels', 'random_flip'):
     if data[name] != '':
       chosen.data[name] = data[name]
-  settings = configuration.flatten(chosen)
-  lines = [f'config.{name} = {value!r}' for name, value in settings.items()]
-  is_ve = chosen.training.sde == 'vesde'
-  return [*lines, _in_unit_range(sigma_max, config)] if is_ve and sigma_max else lines
-
-
-def _in_unit_range(line: str, config: ConfigDict) -> str:
-  """The line of `sigma_max` for images in [0, 1], to which the VE SDE is applied."""
-  if not config.data.centered:
-    return line
-  value = line.split()[2]
-  return line.replace(f'= {value} ', f'= {float(value) / 2:.4g} ').replace('[-1, 1]', '[0, 1]')
+  return [f'config.{name} = {value!r}' for name, value in configuration.flatten(chosen).items()]
 
 
 def _log(report: dict[str, Any], folder: pathlib.Path) -> None:

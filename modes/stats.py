@@ -4,6 +4,7 @@
 generative models", https://arxiv.org/abs/2006.09011.
 """
 
+import functools
 import hashlib
 import math
 import pathlib
@@ -20,7 +21,7 @@ import datasets
 import metrics
 from evaluation import get_extractor, provenance, stats_path
 from runtime import parallelism, reporting
-from runtime.array_types import Array, Count, Features, GreyLevels, Scalar
+from runtime.array_types import Array, Count, Features, GreyLevels, Scalar, Scaler
 from runtime.errors import UserError
 from runtime.workdir import log_start
 
@@ -163,10 +164,23 @@ class TrainingImages:
       self.add(i, self._source[i]['image'][None])
     return self
 
-  def sigma_max_line(self) -> str:
-    """The line of a configuration that sets `sigma_max` for these images, in scaled units."""
-    low, high = self._scaler(0.0), self._scaler(1.0)
-    distance = largest_distance(self._pixels) / 255 * (high - low)
+  @functools.cached_property
+  def _largest_distance(self) -> float:
+    return largest_distance(self._pixels)
+
+  def sigma_max(self, scaler: Scaler | None = None) -> float:
+    """The largest distance between two of these images, in the units of `scaler`.
+
+    Args:
+      scaler: the map from [0, 1] to the range of the images; None takes that of the configuration.
+    """
+    scaler = scaler or self._scaler
+    return self._largest_distance / 255 * (scaler(1.0) - scaler(0.0))
+
+  def sigma_max_line(self, scaler: Scaler | None = None) -> str:
+    """The line of a configuration that sets `sigma_max`, for images in the units of `scaler`."""
+    scaler = scaler or self._scaler
+    low, high, distance = scaler(0.0), scaler(1.0), self.sigma_max(scaler)
     count, total = len(self._chosen), len(self._source)
     whole = count == total
     return (
