@@ -5,7 +5,38 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO, BinaryIO
+
+from absl import logging
+
+try:
+  import fcntl
+except ImportError:  # Windows, where two processes in one folder go unnoticed
+  fcntl = None
+
+
+def lock(file: IO, *, wait: bool = False) -> bool:
+  """Locks an open file; the system unlocks it when it is closed or the process ends, however.
+
+  Where the file system has no locks, a warning says so.
+
+  Args:
+    file: the file.
+    wait: whether to wait until no other process has locked it.
+
+  Returns:
+    False if another process has locked it, else True.
+  """
+  if fcntl is None:
+    return True
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  except BlockingIOError:
+    return False
+  except OSError as error:
+    folder = os.path.dirname(file.name)
+    logging.warning('%s cannot be locked (%s): let only one run use it.', folder, error.strerror)
+  return True
 
 
 @contextlib.contextmanager

@@ -28,10 +28,15 @@ def restart_with_settings() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def user_cache() -> pathlib.Path:
+  """The folder of what this program keeps for later runs of the user."""
+  cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
+  return cache / 'score_sde'
+
+
 def keep_compiled_programs() -> None:
   """Keeps compiled programs for later runs on this machine, unless the user chose a directory."""
-  cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
-  directory = cache / 'score_sde' / f'xla-{platform.node()}'
+  directory = user_cache() / f'xla-{platform.node()}'
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(directory))
 
 

@@ -26,11 +26,7 @@ from configs.defaults import get_default_configs
 from runtime import checkpoints, configuration, parallelism, reporting
 from runtime.checkpoints import CheckpointReader
 from runtime.errors import UserError
-
-try:
-  import fcntl
-except ImportError:  # Windows, where two runs in one directory go unnoticed
-  fcntl = None
+from runtime.files import lock
 
 PyTree = Any
 
@@ -261,16 +257,9 @@ def at_work(folder: pathlib.Path, setting: str) -> Iterator[None]:
 
 def _hold(folder: pathlib.Path, stack: contextlib.ExitStack) -> bool:
   """Whether this process could lock the folder; the system unlocks it however the process ends."""
-  if fcntl is None:
-    return True
   file = stack.enter_context((folder / '.lock').open('a+', encoding='utf-8'))
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
+  if not lock(file):
     return False
-  except OSError as error:
-    logging.warning('%s cannot be locked (%s): let only one run use it.', folder, error.strerror)
-    return True
   now = datetime.datetime.now().isoformat(' ', 'seconds')
   file.truncate(0)
   file.write(f'process {os.getpid()} on {socket.gethostname()} since {now}')

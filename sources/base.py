@@ -6,12 +6,13 @@ the result in a folder; what it returns is a `Source`, from which `datasets` mak
 set whose examples need no such step is a `Source` itself.
 """
 
+import abc
 import pathlib
 from collections.abc import Sequence
 from typing import Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Integer, UInt8
 
 from runtime.registry import Registry
 
@@ -48,7 +49,8 @@ class Source(Protocol):
   - an attribute `class_names`, the names of the labels 0, 1, ...;
   - a method `gather(indices, draws) -> batch`, which reads several examples at once and is then
     used in place of `__getitem__`. `indices`, (B,), are integers; `draws`, (B,), are uniform in
-    [0, 1) and decide whatever is random about an example, or None if nothing is to be random.
+    [0, 1) and decide whatever is random about an example, or None if nothing is to be random, as
+    with `data.on_device`.
   """
 
   def __len__(self) -> int:
@@ -58,6 +60,26 @@ class Source(Protocol):
   def __getitem__(self, i: SupportsIndex, /) -> Example:
     """Example number `i`: 'image', uint8 (H, W, C), and 'label', an integer."""
     ...
+
+
+class BatchReader(abc.ABC):
+  """A source that reads batches, for which an example is a batch of one."""
+
+  @abc.abstractmethod
+  def gather(
+    self, indices: Integer[np.ndarray, ' B'], draws: Float[np.ndarray, ' B'] | None = None
+  ) -> Example:
+    """See `Source`."""
+
+  def __getitem__(self, i: SupportsIndex) -> Example:
+    """Example number `i`."""
+    return {key: value[0] for key, value in self.gather(np.asarray([int(i)])).items()}
+
+
+def mapped(path: pathlib.Path) -> UInt8[np.ndarray, ' bytes']:
+  """The bytes of a file, mapped into memory."""
+  # A plain array over the mapped file: slices of a memmap are ten times slower.
+  return np.asarray(np.memmap(path, np.uint8, 'r'))
 
 
 @runtime_checkable

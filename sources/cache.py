@@ -18,12 +18,11 @@ import functools
 import hashlib
 import io
 import json
-import os
 import pathlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, SupportsIndex
+from typing import Any
 
 import crc32c
 import numpy as np
@@ -34,35 +33,24 @@ from ml_collections import ConfigDict
 
 from runtime import npz_file, reporting
 from runtime.errors import UserError
-from runtime.files import write_atomic
-from runtime.startup import available_cores
-from sources.base import Example, Pictures
+from runtime.files import lock, write_atomic
+from runtime.startup import available_cores, user_cache
+from sources.base import BatchReader, Example, Pictures, mapped
 from sources.framing import Framing
 from sources.shards import Shard, ShardMaker, working
-
-try:
-  import fcntl
-except ImportError:  # Windows, where two processes that make one cache go unnoticed
-  fcntl = None
 
 _VERSION = 1  # of the files; part of the hash
 _SHARD_BYTES = 2**26
 _SHARDS = 16  # at least, of a data set with so many pictures, so that workers can share them
 
 
-def default_folder() -> pathlib.Path:
-  """Where caches and downloads go if `data.cache_dir` is empty."""
-  cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
-  return cache / 'score_sde' / 'data'
-
-
 def cache_folder(data: ConfigDict) -> pathlib.Path:
-  """The folder that `data.cache_dir` names."""
-  return pathlib.Path(data.cache_dir).expanduser() if data.cache_dir else default_folder()
+  """The folder of caches and downloads: `data.cache_dir`, or one of the user if that is empty."""
+  return pathlib.Path(data.cache_dir).expanduser() if data.cache_dir else user_cache() / 'data'
 
 
 @dataclasses.dataclass(frozen=True)
-class CachedPictures:
+class CachedPictures(BatchReader):
   """A complete cache of one split, which is a `Source`.
 
   Its files are mapped into memory. The checksum of each is verified when it is first used.
@@ -95,11 +83,6 @@ class CachedPictures:
   def __len__(self) -> int:
     """The number of pictures."""
     return len(self.labels)
-
-  def __getitem__(self, i: SupportsIndex) -> Example:
-    """Example number `i`: 'image', (size, size, C), and 'label', an int32."""
-    batch = self.gather(np.asarray([int(i)]))
-    return {key: value[0] for key, value in batch.items()}
 
   def gather(
     self,
@@ -154,10 +137,7 @@ class CachedPictures:
       path = self.folder / f'shard_{number:05d}.bin'
       pixels = _map(path)
       if crc32c.crc32c(pixels) != self.checksums[number]:
-        raise UserError(
-          f'{path} is damaged: remove the folder {self.folder} and rerun the same command, which '
-          f'makes it again.'
-        )
+        raise _damaged(path)
       self._mapped[number] = pixels
     return self._mapped[number]
 
@@ -173,8 +153,7 @@ class CachedPictures:
 
 def _map(path: pathlib.Path) -> UInt8[np.ndarray, ' bytes']:
   try:
-    # A plain array over the mapped file: slices of a memmap are ten times slower.
-    return np.asarray(np.memmap(path, np.uint8, 'r'))
+    return mapped(path)
   except (OSError, ValueError):
     return np.zeros(0, np.uint8)  # missing or empty, which the checksum tells
 
@@ -214,12 +193,9 @@ def prepared(data: ConfigDict, split: str, pictures: Pictures, framing: Framing)
 def _locked(folder: pathlib.Path) -> Iterator[None]:
   """Waits until no other process makes this cache; the system unlocks it when a process ends."""
   with (folder / '.lock').open('a') as file:
-    if fcntl is not None:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        logging.info('Another process is making %s: waiting for it.', folder)
-        fcntl.flock(file, fcntl.LOCK_EX)
+    if not lock(file):
+      logging.info('Another process is making %s: waiting for it.', folder)
+      lock(file, wait=True)
     yield
 
 
@@ -241,10 +217,14 @@ def _open(folder: pathlib.Path, size: int, num_channels: int) -> CachedPictures:
       num_skipped=about['num_skipped'],
     )
   except (*npz_file.UNREADABLE, LookupError, TypeError) as error:
-    raise UserError(
-      f'{path} is damaged: remove the folder {folder} and rerun the same command, which makes it '
-      f'again.'
-    ) from error
+    raise _damaged(path) from error
+
+
+def _damaged(path: pathlib.Path) -> UserError:
+  return UserError(
+    f'{path} is damaged: remove the folder {path.parent} and rerun the same command, which makes '
+    f'it again.'
+  )
 
 
 def _build(maker: ShardMaker, workers: int, max_bad: int, title: str) -> None:

@@ -16,12 +16,12 @@ from typing import Any
 
 from runtime.errors import UserError
 from sources.base import BadPicture
-from sources.stores import File, Store, fault_of, register_store
+from sources.stores import TEST_FOLDERS, File, Store, fault_of, register_store
 
 SUFFIXES = ('.parquet', '.arrow')
 IMAGES = ('image', 'img')
 LABELS = ('label', 'labels', 'class', 'fine_label', 'coarse_label', 'target')
-SPLITS = ('train', 'test', 'val', 'valid', 'validation', 'dev')
+SPLITS = ('train', *TEST_FOLDERS)
 
 _BATCH = 32  # rows that are read at once
 

@@ -9,10 +9,8 @@ from absl import logging
 
 from runtime.errors import UserError
 from sources.cache import summary
-from sources.stores import SUFFIXES, File
+from sources.stores import SUFFIXES, TEST_FOLDERS, File
 
-# Names of the folder of test pictures beside `train`, in the order of preference.
-TEST_FOLDERS = ('test', 'val', 'valid', 'validation', 'dev')
 MAX_CLASSES = 100_000
 
 

@@ -29,6 +29,8 @@ from sources import pictures
 from sources.base import BadPicture
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif')
+# Names of the folder of test pictures beside `train`, in the order of preference.
+TEST_FOLDERS = ('test', 'val', 'valid', 'validation', 'dev')
 MAX_BYTES = 2**28  # of an encoded picture; a small archive can claim to hold any amount
 LABELS = 'dataset.json'  # the labels in archives that the tools of StyleGAN and EDM make
 

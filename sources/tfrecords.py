@@ -21,7 +21,7 @@ import pathlib
 import re
 import struct
 from collections.abc import Iterator
-from typing import Any, SupportsIndex
+from typing import Any
 
 import crc32c
 import numpy as np
@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 from runtime import npz_file, reporting
 from runtime.errors import UserError
-from sources.base import Example
+from sources.base import BatchReader, Example, mapped
 from sources.cache import cache_folder
 
 _HEADER = struct.Struct('<QI')  # length and its checksum
@@ -73,7 +73,7 @@ def find(path: str, size: int) -> pathlib.Path | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class TFRecordSource:
+class TFRecordSource(BatchReader):
   """The images of a TFRecord file, read where they are; see `sources.base.Source`.
 
   Attributes:
@@ -96,10 +96,6 @@ class TFRecordSource:
   def __len__(self) -> int:
     """The number of records."""
     return len(self.offsets)
-
-  def __getitem__(self, i: SupportsIndex) -> Example:
-    """Example number `i`: 'image', (size, size, num_channels), and 'label', which is 0."""
-    return {key: value[0] for key, value in self.gather(np.asarray([int(i)])).items()}
 
   def gather(
     self, indices: Integer[np.ndarray, ' B'], draws: Float[np.ndarray, ' B'] | None = None
@@ -135,8 +131,7 @@ class TFRecordSource:
 
   @functools.cached_property
   def _mapped(self) -> UInt8[np.ndarray, ' bytes']:
-    # A plain array over the mapped file: slices of a memmap are ten times slower.
-    return np.asarray(np.memmap(self.path, np.uint8, 'r'))
+    return mapped(self.path)
 
   def _image(self, i: int) -> UInt8[np.ndarray, 'H W C']:
     start, length = int(self.offsets[i]), int(self.lengths[i])

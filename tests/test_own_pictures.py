@@ -395,6 +395,15 @@ def test_processes_give_the_cache_of_threads(kind, config, tmp_path, monkeypatch
       sources_of(config, path, max_bad=0)
 
 
+def test_file_system_without_locks_is_a_warning(config, tmp_path, monkeypatch, caplog):
+  def flock(file, operation):
+    raise OSError(37, 'No locks available')
+
+  monkeypatch.setattr('fcntl.flock', flock)
+  assert by_content(*sources_of(config, as_folder(tmp_path / 'data'))) == EXPECTED
+  assert 'cannot be locked (No locks available): let only one run use it' in caplog.text
+
+
 def test_cache_that_cannot_be_written_to_is_named(config, tmp_path):
   (tmp_path / 'file').touch()
   config.data.cache_dir = str(tmp_path / 'file')
