@@ -369,10 +369,10 @@ def check_batch_size(batch_size: int, field: str) -> None:
   Raises:
     UserError: unless `batch_size` is a positive multiple of the number of devices.
   """
-  devices = jax.device_count()
-  if batch_size < 1 or batch_size % devices:
+  parts = parallelism.batch_parts()
+  if batch_size < 1 or batch_size % parts:
     raise UserError(
-      f'{field}={batch_size} cannot be split over {devices} devices: use a multiple of {devices}.'
+      f'{field}={batch_size} cannot be split over {parts} devices: use a multiple of {parts}.'
     )
 
 

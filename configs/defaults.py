@@ -25,6 +25,10 @@ def get_default_configs() -> ml_collections.ConfigDict:
   training.likelihood_weighting = False
   training.reduce_mean = False  # per-pixel mean of the loss; else half the sum
 
+  config.parallel = parallel = ml_collections.ConfigDict()
+  parallel.fsdp = 1  # devices over which parameters, their average and the optimizer are split
+  parallel.spatial = 1  # devices over which the height of an image is split
+
   config.sampling = sampling = ml_collections.ConfigDict()
   sampling.method = 'pc'  # or 'ode', 'heun', 'ddim', 'dpm_solver++'
   sampling.predictor = 'euler_maruyama'

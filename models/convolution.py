@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, linear_call
 from jaxtyping import Float
 
@@ -23,6 +24,7 @@ from runtime.array_types import Array, FeatureMaps
 Kernel = Float[Array, 'h w I O']
 Dilation = tuple[int, int]
 
+PRODUCT = 'product'  # the name of a result that is dear to compute again, for rematerialization
 _DIMENSION_NUMBERS = ('NHWC', 'HWIO', 'NHWC')
 # Of one group of images in the weight gradient: more bytes would leave the cache, and fewer rows
 # would make too short a matrix product.
@@ -64,11 +66,12 @@ def conv_general_dilated(
     and kwargs.get('feature_group_count', 1) == 1
   )
   if plain:
-    return _conv(x, kernel, tuple(rhs_dilation or (1, 1)))
+    return checkpoint_name(_conv(x, kernel, tuple(rhs_dilation or (1, 1))), PRODUCT)
   kwargs.setdefault('dimension_numbers', _DIMENSION_NUMBERS)
-  return lax.conv_general_dilated(
+  y = lax.conv_general_dilated(
     x, kernel, window_strides, padding, lhs_dilation, rhs_dilation, **kwargs
   )
+  return checkpoint_name(y, PRODUCT)
 
 
 def _forward(x: FeatureMaps, kernel: Kernel, dilation: Dilation) -> Float[Array, 'B H W O']:
@@ -133,11 +136,11 @@ def _weight_grad_cpu(
   """Each device sums over its own images, and the sums are added once."""
   mesh = parallelism.mesh()
   local = functools.partial(_weight_grad_local, kernel_shape=kernel.shape, dilation=dilation)
-  if mesh.size == 1 or x.shape[0] % mesh.size:
+  if mesh.size == 1 or x.shape[0] % parallelism.batch_parts():
     return local(x, dy).astype(kernel.dtype)
   batch = parallelism.batch_sharding().spec
   total = jax.shard_map(
-    lambda x, dy: lax.psum(local(x, dy), mesh.axis_names),
+    lambda x, dy: lax.psum(local(x, dy), parallelism.BATCH_AXES),
     mesh=mesh,
     in_specs=(batch, batch),
     out_specs=parallelism.replicated().spec,

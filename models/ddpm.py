@@ -18,6 +18,7 @@ from models.layers import (
   dense,
   get_act,
   get_timestep_embedding,
+  remat_policy,
   rematerialized,
   sigma_of_label,
 )
@@ -60,6 +61,8 @@ class DDPM(nn.Module):
     scale_by_sigma: divide the output by the noise level.
     dtype: type of its activations, 'float32' or 'bfloat16'; parameters and output are float32.
     remat: compute the activations of a block again for the gradient instead of keeping them.
+    remat_policy: what is kept even so, 'nothing' or 'products', the results of convolutions
+      and attention.
   """
 
   image_size: int
@@ -79,6 +82,7 @@ class DDPM(nn.Module):
   scale_by_sigma: bool = False
   dtype: str = 'float32'
   remat: bool = False
+  remat_policy: str = 'nothing'
 
   def check(self) -> None:
     """Checks the fields before the network is used.
@@ -88,6 +92,7 @@ class DDPM(nn.Module):
     """
     get_act(self.nonlinearity)
     compute_dtype(self.dtype)
+    remat_policy(self.remat_policy)
     check_halvings(self.image_size, self.ch_mult)
 
   @nn.compact
@@ -103,7 +108,7 @@ class DDPM(nn.Module):
       An array shaped as `x`, in float32.
     """
     act = get_act(self.nonlinearity)
-    remat = functools.partial(rematerialized, remat=self.remat)
+    remat = functools.partial(rematerialized, remat=self.remat, policy=self.remat_policy)
     block = functools.partial(remat(ResnetBlockDDPM), act=act, dropout=self.dropout)
     attention = remat(AttnBlock)
     conv = {'with_conv': self.resamp_with_conv}

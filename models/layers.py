@@ -23,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from models import convolution
@@ -84,18 +85,39 @@ def in_dtype_of_input(
   return x, *(None if param is None else param.astype(x.dtype) for param in params)
 
 
-def rematerialized(block: type[nn.Module], remat: bool) -> type[nn.Module]:
+# What a rematerialized block keeps for the gradient.
+_REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+  'nothing': jax.checkpoint_policies.nothing_saveable,
+  'products': jax.checkpoint_policies.save_only_these_names(convolution.PRODUCT),
+}
+
+
+def remat_policy(name: str) -> Callable[..., bool]:
+  """The policy that `model.remat_policy` names.
+
+  Raises:
+    UserError: if the name is neither 'nothing' nor 'products'.
+  """
+  if name not in _REMAT_POLICIES:
+    raise UserError(
+      f'Unknown model.remat_policy {name!r}: choose one of {", ".join(_REMAT_POLICIES)}.'
+    )
+  return _REMAT_POLICIES[name]
+
+
+def rematerialized(block: type[nn.Module], remat: bool, policy: str = 'nothing') -> type[nn.Module]:
   """Returns the class `block`, rematerialized if `remat` is set.
 
   A rematerialized block computes its intermediate values again for the gradient instead of keeping
-  them. The class keeps its name, since parameters are named after it. An argument `train` must be a
-  Python bool.
+  them; with the policy 'products' it keeps the results of convolutions and attention, and
+  computes only the cheap operations between them again. The class keeps its name, since parameters
+  are named after it. An argument `train` must be a Python bool.
   """
   if not remat:
     return block
   arguments = list(inspect.signature(block.__call__).parameters)
   static = tuple(i for i, name in enumerate(arguments) if name == 'train')
-  wrapped = nn.remat(block, static_argnums=static)
+  wrapped = nn.remat(block, static_argnums=static, policy=remat_policy(policy))
   wrapped.__name__ = block.__name__
   return wrapped
 
@@ -317,4 +339,4 @@ def spatial_attention(q: FeatureMaps, k: FeatureMaps, v: FeatureMaps) -> Feature
   q, k, v = (a.reshape(a.shape[0], -1, a.shape[-1]) for a in (q, k, v))
   logits = jnp.matmul(q, k.swapaxes(1, 2), preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(logits * shape[-1] ** -0.5, axis=-1).astype(v.dtype)
-  return jnp.matmul(weights, v).reshape(shape)
+  return checkpoint_name(jnp.matmul(weights, v), convolution.PRODUCT).reshape(shape)

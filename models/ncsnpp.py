@@ -21,6 +21,7 @@ from models.layers import (
   dense,
   get_act,
   get_timestep_embedding,
+  remat_policy,
   rematerialized,
   sigma_of_label,
 )
@@ -74,6 +75,8 @@ class NCSNpp(nn.Module):
     scale_by_sigma: divide the output by the noise level.
     dtype: type of its activations, 'float32' or 'bfloat16'; parameters and output are float32.
     remat: compute the activations of a block again for the gradient instead of keeping them.
+    remat_policy: what is kept even so, 'nothing' or 'products', the results of convolutions
+      and attention.
   """
 
   image_size: int
@@ -104,6 +107,7 @@ class NCSNpp(nn.Module):
   scale_by_sigma: bool = False
   dtype: str = 'float32'
   remat: bool = False
+  remat_policy: str = 'nothing'
 
   def __post_init__(self) -> None:
     # These names may come in any case; from here on they are spelled as in _CHOICES.
@@ -123,6 +127,7 @@ class NCSNpp(nn.Module):
     """
     get_act(self.nonlinearity)
     compute_dtype(self.dtype)
+    remat_policy(self.remat_policy)
     check_halvings(self.image_size, self.ch_mult)
 
   @nn.compact
@@ -139,7 +144,7 @@ class NCSNpp(nn.Module):
       An array shaped as `x`, in float32.
     """
     act = get_act(self.nonlinearity)
-    remat = functools.partial(rematerialized, remat=self.remat)
+    remat = functools.partial(rematerialized, remat=self.remat, policy=self.remat_policy)
     rescale = functools.partial(layerspp.add_skip, rescale=self.skip_rescale)
     fir = {'fir': self.fir, 'fir_kernel': tuple(self.fir_kernel)}
     common = {

@@ -14,7 +14,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from models import refinenet
-from models.layers import Activation, compute_dtype, get_act, rematerialized, sigma_of_label
+from models.layers import (
+  Activation,
+  compute_dtype,
+  get_act,
+  remat_policy,
+  rematerialized,
+  sigma_of_label,
+)
 from models.normalization import ConditionalInstanceNorm2dPlus, get_normalization
 from models.refinenet import ncsn_conv
 from models.utils import register_model
@@ -55,6 +62,8 @@ class _RefineNet(nn.Module):
     scale_by_sigma: divide the output by the noise level.
     dtype: type of its activations, 'float32' or 'bfloat16'; parameters and output are float32.
     remat: compute the activations of a block again for the gradient instead of keeping them.
+    remat_policy: what is kept even so, 'nothing' or 'products', the results of convolutions
+      and attention.
   """
 
   image_size: int
@@ -69,6 +78,7 @@ class _RefineNet(nn.Module):
   scale_by_sigma: bool = True
   dtype: str = 'float32'
   remat: bool = False
+  remat_policy: str = 'nothing'
 
   stages: ClassVar[tuple[Stage, ...]]
 
@@ -80,6 +90,7 @@ class _RefineNet(nn.Module):
     """
     get_act(self.nonlinearity)
     compute_dtype(self.dtype)
+    remat_policy(self.remat_policy)
     get_normalization(self.normalization)
     halvings = sum(stage.down and stage.dilation == 1 for stage in self.stages)
     if self.image_size % 2**halvings:
@@ -91,8 +102,8 @@ class _RefineNet(nn.Module):
   def blocks(self, act: Activation) -> tuple[functools.partial, functools.partial]:
     """The constructors of a residual block and of a refinement block."""
     norm = get_normalization(self.normalization)
-    residual = rematerialized(refinenet.ResidualBlock, self.remat)
-    refine = rematerialized(refinenet.RefineBlock, self.remat)
+    residual = rematerialized(refinenet.ResidualBlock, self.remat, self.remat_policy)
+    refine = rematerialized(refinenet.RefineBlock, self.remat, self.remat_policy)
     return functools.partial(residual, act, norm=norm), functools.partial(refine, act)
 
   def normalize(self, x: FeatureMaps, labels: TimeLabels) -> FeatureMaps:
@@ -218,8 +229,8 @@ class NCSN(_RefineNet):
   def blocks(self, act: Activation) -> tuple[functools.partial, functools.partial]:
     """The constructors of a residual block and of a refinement block."""
     levels = {'num_classes': self.num_classes}
-    residual = rematerialized(refinenet.ConditionalResidualBlock, self.remat)
-    refine = rematerialized(refinenet.CondRefineBlock, self.remat)
+    residual = rematerialized(refinenet.ConditionalResidualBlock, self.remat, self.remat_policy)
+    refine = rematerialized(refinenet.CondRefineBlock, self.remat, self.remat_policy)
     return functools.partial(residual, act, **levels), functools.partial(refine, act, **levels)
 
   def normalize(self, x: FeatureMaps, labels: TimeLabels) -> FeatureMaps:

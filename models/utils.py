@@ -19,6 +19,7 @@ from models.classifier import (
   get_logit_fn,
   register_classifier,
 )
+from runtime import parallelism
 from runtime.array_types import Batch, PerExample, RandomKey, TimeLabels
 from runtime.registry import Registry
 from sde_lib import SDE, ScoreFn, batch_mul
@@ -120,7 +121,7 @@ def get_model_fn(
   """
 
   def model_fn(x: Batch, labels: TimeLabels, rng: RandomKey | None = None) -> tuple[Batch, PyTree]:
-    variables = {'params': params, **states}
+    variables = {'params': parallelism.gather_parameters(params), **states}
     rngs = None if rng is None else {'dropout': rng}
     if not train:
       return model.apply(variables, x, labels, train=False, rngs=rngs), states

@@ -38,7 +38,7 @@ def import_checkpoint(config: ConfigDict, workdir: pathlib.Path, checkpoint: str
   if _has_checkpoints(workdir):
     raise UserError(f'--workdir={workdir} already has checkpoints: import into a new one.')
   check_run(config, workdir)
-  state = parallelism.replicate(read_state(config, checkpoint))
+  state = parallelism.place(read_state(config, checkpoint))
   step, n_jitted_steps = int(state.step), config.training.n_jitted_steps
   if step % n_jitted_steps:
     raise UserError(

@@ -6,7 +6,6 @@ build what the mode will use, without computing anything.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -19,7 +18,7 @@ import train_state
 from models import utils as mutils
 from models.classifier import CLASSIFIERS
 from modes.evaluations import EVALUATIONS
-from runtime import configuration
+from runtime import configuration, parallelism
 from runtime.errors import UserError
 
 # Keys that only some data sets read; a configuration with another data set may keep them.
@@ -42,10 +41,13 @@ FREQUENCIES = ('log_freq', 'eval_freq', 'snapshot_freq', 'snapshot_freq_for_pree
 def prepare(config: ConfigDict) -> ConfigDict:
   """The configuration with absent keys set to their defaults and everything checked.
 
+  The devices are laid out as `config.parallel` says.
+
   Raises:
     UserError: for the first unknown key, wrong type or value that cannot work.
   """
   config = configuration.complete(config, _registered_keys(config))
+  parallelism.lay_out(config.parallel.fsdp, config.parallel.spatial)
   _check_values(config)
   return config
 
@@ -79,7 +81,7 @@ def _check_values(config: ConfigDict) -> None:
   for name in ('n_iters', 'n_jitted_steps', 'grad_accum_steps', *FREQUENCIES):
     if training[name] < 1:
       raise UserError(f'training.{name}={training[name]} must be at least 1.')
-  share = training.batch_size // jax.device_count()
+  share = training.batch_size // parallelism.batch_parts()
   if share % training.grad_accum_steps:
     raise UserError(
       f'training.grad_accum_steps={training.grad_accum_steps} does not divide the {share} images '

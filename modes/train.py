@@ -101,7 +101,8 @@ def compile_train_step(
     state: State, inputs: datasets.Inputs, table: datasets.Table
   ) -> tuple[State, Scalar]:
     data_rng, step_rng = jax.random.split(jax.random.fold_in(rng, state.step))
-    batch = {'image': preprocess(data_rng, datasets.take(inputs, table)['image'])}
+    images = parallelism.shard_batch(datasets.take(inputs, table)['image'])
+    batch = {'image': preprocess(data_rng, images)}
     (_, state), loss = step_fn((step_rng, state), batch)
     return state, loss
 

@@ -150,7 +150,7 @@ def restore_or_init(
   """
   state = checkpoints.resume(directories, like)
   if state is None:
-    state = parallelism.replicate(init())
+    state = parallelism.place(init())
   count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   logging.info('parameters: %d', count)
   return state
@@ -181,6 +181,8 @@ def compile_steps(
 ) -> TrainStep:
   """Compiles `(state, n batches) -> (state, losses (n,))`, which consumes the state.
 
+  The state is split over the devices as `parallelism.place` does it.
+
   On accelerators the n steps are one compiled loop. On CPU, where a call costs nothing and XLA
   slows convolutions in loops down, they are n calls of the same compiled step.
 
@@ -190,16 +192,21 @@ def compile_steps(
     fused: whether to compile a loop; None decides by the kind of device.
   """
   whole = parallelism.replicated()
+
+  def step(state: State, batch: PyTree, constants: PyTree) -> tuple[State, Scalar]:
+    state, loss = one_step(state, batch, constants)
+    return parallelism.split_parameters(state), loss
+
   if fused is None:
     fused = jax.default_backend() != 'cpu'
   if fused:
     compiled = jax.jit(
       lambda state, batches, constants: jax.lax.scan(
-        lambda state, batch: one_step(state, batch, constants), state, batches
+        lambda state, batch: step(state, batch, constants), state, batches
       ),
       donate_argnums=0,
-      in_shardings=(whole, parallelism.batch_sharding(axis=1), whole),
-      out_shardings=whole,
+      in_shardings=(None, parallelism.batch_sharding(axis=1), whole),
+      out_shardings=(None, whole),
     )
     stack = lambda group: jax.tree.map(lambda *arrays: np.stack(arrays), *group)
     return lambda state, group: compiled(
@@ -207,10 +214,10 @@ def compile_steps(
     )
 
   compiled = jax.jit(
-    one_step,
+    step,
     donate_argnums=0,
-    in_shardings=(whole, parallelism.batch_sharding(), whole),
-    out_shardings=whole,
+    in_shardings=(None, parallelism.batch_sharding(), whole),
+    out_shardings=(None, whole),
   )
 
   def steps(state: State, group: list[PyTree]) -> tuple[State, Losses]:

@@ -98,7 +98,7 @@ class CheckpointReader:
     return f'{zlib.crc32(metadata.encode()):08x}'
 
   def restore(self, number: int, like: PyTree) -> PyTree:
-    """Restores checkpoint `number`, replicated on all devices.
+    """Restores checkpoint `number`, laid out over the devices of now, whatever they were then.
 
     Args:
       number: the number of the checkpoint.
@@ -126,7 +126,7 @@ class CheckpointReader:
           f'checkpoint, or restore this one from a copy.'
         )
     flat = flax.traverse_util.flatten_dict(tree, sep='/', keep_empty_nodes=True)
-    restored = flax.traverse_util.unflatten_dict(flat | parallelism.replicate(arrays), sep='/')
+    restored = flax.traverse_util.unflatten_dict(flat | parallelism.place(arrays), sep='/')
     absent = {key: None for key in flax.serialization.to_state_dict(like) if key not in tree}
     return flax.serialization.from_state_dict(like, restored | absent)
 
@@ -238,17 +238,16 @@ class CheckpointDirectory(CheckpointReader):
       UnsavedCheckpoint: if this checkpoint or the one before could not be written.
     """
     tree = flax.serialization.to_state_dict(tree)
-    leaves = {path: np.asarray(leaf) for path, leaf in _flatten(tree).items()}
-    for path, leaf in leaves.items():
+    checksums = {}
+    for path, leaf in _flatten(tree).items():
+      leaf = parallelism.to_host(leaf)  # one at a time: the whole state may not fit in one host
       if not np.isfinite(leaf).all():
         raise NonFiniteState(
           f'state[{path!r}] is not finite at step {step}: lower optim.lr or check the data, then '
           f'train in a new --workdir.'
         )
-    metadata = {
-      'step': step,
-      'crc32': {path: _checksum(leaf) for path, leaf in leaves.items()},
-    }
+      checksums[path] = _checksum(leaf)
+    metadata = {'step': step, 'crc32': checksums}
     if number in self._manager.all_steps():
       self.wait()
       if self.step(number) == step:

@@ -1,32 +1,87 @@
-"""One program over all devices: a mesh with one axis, over which batches are split.
+"""One program over all devices, laid out as a mesh with the axes `data`, `fsdp` and `spatial`.
 
-Arrays are global. Parameters are replicated, the leading axis of a batch is split over the mesh
-axis `data`, and random numbers are drawn once for the global batch, so that results do not depend
-on the number of devices or processes.
+Arrays are global. The leading axis of a batch is split over `data` and `fsdp`, the height of images
+over `spatial`. Parameters, their moving average and the moments of the optimizer are split over
+`fsdp` and gathered where a network uses them (Rajbhandari et al. 2020, "ZeRO: memory optimizations
+toward training trillion parameter models", https://arxiv.org/abs/1910.02054); by default `fsdp` and
+`spatial` are 1 and every device holds them whole. Random numbers are drawn once for the global
+batch, so that results do not depend on the number or the layout of devices and processes.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import linear_call
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
 from runtime.array_types import Array
+from runtime.errors import UserError
 
 PyTree = Any
 _AnyBatch = Shaped[Array, 'B *dims']
+_Array = Shaped[Array, '*dims']
 _Global = Shaped[jax.Array, '*dims']
 _Host = Shaped[np.ndarray, '*dims']
 
+BATCH_AXES = ('data', 'fsdp')
+_GATHERED = 'gathered parameters'  # their name for rematerialization
+# Smaller arrays, such as biases, stay whole: gathering them would cost more than it saves.
+_SMALLEST_SPLIT = 2**12
 
-@functools.cache
+_layout = {'mesh': None}
+
+
+def lay_out(fsdp: int = 1, spatial: int = 1, devices: Sequence[jax.Device] | None = None) -> None:
+  """Lays the devices out as a mesh of shape (data, fsdp, spatial), for all that is compiled later.
+
+  Args:
+    fsdp: over how many devices the parameters are split.
+    spatial: over how many devices the height of an image is split.
+    devices: the devices; all of all processes by default.
+
+  Raises:
+    UserError: if the devices cannot be laid out so.
+  """
+  devices = jax.devices() if devices is None else devices
+  for name, size in (('fsdp', fsdp), ('spatial', spatial)):
+    if size < 1:
+      raise UserError(f'parallel.{name}={size} must be at least 1, which splits nothing.')
+  if len(devices) % (fsdp * spatial):
+    raise UserError(
+      f'parallel.fsdp={fsdp} and parallel.spatial={spatial} need a multiple of {fsdp * spatial} '
+      f'devices, but there are {len(devices)}: choose numbers whose product divides that.'
+    )
+  here = len(devices) // len({device.process_index for device in devices})
+  if here % spatial:
+    raise UserError(
+      f'parallel.spatial={spatial} must divide the {here} devices of a process, because the parts '
+      f'of an image stay in one process: choose a divisor of {here}.'
+    )
+  grid = np.asarray(devices).reshape(-1, fsdp, spatial)
+  before = _layout['mesh']
+  if before is not None and before.devices.tolist() == grid.tolist():
+    return
+  if before is not None:
+    jax.clear_caches()  # JAX does not know that its programs depend on this mesh
+  _layout['mesh'] = Mesh(grid, (*BATCH_AXES, 'spatial'))
+
+
 def mesh() -> Mesh:
-  """All devices of all processes along the axis `data`."""
-  return Mesh(np.asarray(jax.devices()), ('data',))
+  """The mesh of `lay_out`; by default all devices of all processes along `data`."""
+  if _layout['mesh'] is None:
+    lay_out()
+  return _layout['mesh']
+
+
+def batch_parts() -> int:
+  """The number of parts that a batch is split into."""
+  return mesh().shape['data'] * mesh().shape['fsdp']
 
 
 def replicated() -> NamedSharding:
@@ -35,30 +90,85 @@ def replicated() -> NamedSharding:
 
 
 def batch_sharding(axis: int = 0) -> NamedSharding:
-  """The sharding of an array whose axis number `axis` is split over the devices."""
-  return NamedSharding(mesh(), PartitionSpec(*[None] * axis, 'data'))
+  """The sharding of an array whose axis number `axis` is split as a batch."""
+  return NamedSharding(mesh(), PartitionSpec(*[None] * axis, BATCH_AXES))
+
+
+def parameter_sharding(x: _Array | jax.ShapeDtypeStruct) -> NamedSharding:
+  """The sharding of a parameter, or of what belongs to one, such as a moment of the optimizer.
+
+  The longest axis that `fsdp` divides is split; small arrays and those without one stay whole.
+  """
+  parts = mesh().shape['fsdp']
+  lengths = [length if length % parts == 0 else 0 for length in x.shape]
+  if parts == 1 or x.size < _SMALLEST_SPLIT or not any(lengths):
+    return replicated()
+  return NamedSharding(mesh(), PartitionSpec(*[None] * int(np.argmax(lengths)), 'fsdp'))
 
 
 def shard_batch(x: _AnyBatch) -> _AnyBatch:
-  """Inside jit: splits the leading axis over the devices, or leaves a length they cannot share."""
-  if x.shape[0] % jax.device_count():
+  """Inside jit: splits a batch over the devices; an axis that they cannot share stays whole.
+
+  The second axis of an array (B, H, W, C) is split over `spatial`.
+  """
+  spatial = mesh().shape['spatial']
+  batch = None if x.shape[0] % batch_parts() else BATCH_AXES
+  height = 'spatial' if spatial > 1 and x.ndim == 4 and x.shape[1] % spatial == 0 else None
+  if batch is None and height is None:
     return x
-  return jax.lax.with_sharding_constraint(x, batch_sharding())
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh(), PartitionSpec(batch, height)))
+
+
+def split_parameters(tree: PyTree) -> PyTree:
+  """Inside jit: splits the arrays of a training state as `parameter_sharding` says."""
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, parameter_sharding(x)), tree)
+
+
+def gather_parameters(params: PyTree) -> PyTree:
+  """Inside jit: the whole of parameters that are split over `fsdp`; gradients are split again."""
+  if mesh().shape['fsdp'] == 1:
+    return params
+  return jax.tree.map(lambda x: checkpoint_name(_gather_parameter(x), _GATHERED), params)
+
+
+def keep_split(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+  """The function, whose gradient gathers parameters again instead of keeping them whole."""
+  if mesh().shape['fsdp'] == 1:
+    return function
+  policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
+  return jax.checkpoint(function, policy=policy)
+
+
+def _gather_parameter(x: _Array) -> _Array:
+  return linear_call(
+    lambda _, x: jax.lax.with_sharding_constraint(x, replicated()),
+    lambda _, dx: jax.lax.with_sharding_constraint(dx, parameter_sharding(dx)),
+    (),
+    x,
+  )
 
 
 def replicate(tree: PyTree) -> PyTree:
   """Copies a tree of arrays that every process holds to every device."""
-  return jax.tree.map(
-    lambda x: jax.make_array_from_callback(np.shape(x), replicated(), lambda i: np.asarray(x)[i]),
-    tree,
-  )
+  return _put(tree, lambda x: replicated())
+
+
+def place(state: PyTree) -> PyTree:
+  """Puts a training state that every process holds on the devices, split as its parameters are."""
+  return _put(state, parameter_sharding)
+
+
+def _put(tree: PyTree, sharding: Callable[[_Array], NamedSharding]) -> PyTree:
+  def put(x: _Array) -> jax.Array:
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding(x), lambda index: x[index])
+
+  return jax.tree.map(put, tree)
 
 
 def split(batch: PyTree) -> PyTree:
   """Splits a batch that every process holds, arrays of shape (B, ...), over the devices."""
-  return jax.tree.map(
-    lambda x: jax.make_array_from_callback(np.shape(x), batch_sharding(), lambda i: x[i]), batch
-  )
+  return _put(batch, lambda x: batch_sharding())
 
 
 def global_batch(local: PyTree, axis: int = 0) -> PyTree:
@@ -72,13 +182,15 @@ def to_host(x: _Global) -> _Host:
   return np.asarray(_gather(x))
 
 
-@functools.cache
-def _replicator() -> Callable[[jax.Array], jax.Array]:
-  return jax.jit(lambda x: x, out_shardings=replicated())
-
-
 def _gather(x: jax.Array) -> jax.Array:
-  return x if x.is_fully_replicated or jax.process_count() == 1 else _replicator()(x)
+  if x.is_fully_replicated or jax.process_count() == 1:
+    return x
+  return _replicator(replicated())(x)
+
+
+@functools.cache
+def _replicator(whole: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(lambda x: x, out_shardings=whole)
 
 
 def any_process(flag: bool) -> bool:

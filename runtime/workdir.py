@@ -53,6 +53,7 @@ FREE = (
   'training.snapshot_freq_for_preemption',
   'training.snapshot_sampling',
   'model.remat',
+  'parallel.',
   *STORAGE,
   'sampling.',
   'eval.',
@@ -70,7 +71,13 @@ MODEL = (
   'data.num_channels',
   'data.centered',
 )
-ONLY_TRAINING = ('model.dropout', 'model.ema_rate', 'model.remat', 'model.dtype')
+ONLY_TRAINING = (
+  'model.dropout',
+  'model.ema_rate',
+  'model.remat',
+  'model.remat_policy',
+  'model.dtype',
+)
 
 _TEMPORARY = re.compile(r'\..+\.(npz|json|jsonl|csv|png|gif|safetensors)-[a-z0-9_]{8}')
 

@@ -3,9 +3,12 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import time
+
+import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = 'tests/tiny_config.py'
@@ -59,6 +62,24 @@ def history(workdir):
   entries = [(key, value) for key, value in entries if key[1] != 'step']
   assert len(dict(entries)) == len(entries)
   return dict(entries)
+
+
+def samples(workdir):
+  """Directory of samples -> grey levels (B, H, W, C)."""
+  paths = sorted((workdir / 'samples').glob('*/sample.npz'))
+  return {path.parent.name: np.load(path)['samples'] for path in paths}
+
+
+def start_together(workdir, *overrides, count=2, devices=1, **kwargs):
+  """The processes of one run, which find each other on this machine."""
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  flags = (f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}')
+  return [
+    start(workdir, *overrides, *flags, f'--process_id={i}', devices=devices, **kwargs)
+    for i in range(count)
+  ]
 
 
 def wait_for(condition, process, seconds=120):

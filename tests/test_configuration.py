@@ -1,12 +1,11 @@
 """Bad input gets one sentence that names the value, the constraint and the fix."""
 
-import jax
 import pytest
 
 from configs.ve.ncsn import cifar10
 from configs.vp import mnist_ddpmpp_continuous
 from modes.preparation import prepare
-from runtime import workdir
+from runtime import parallelism, workdir
 from runtime.errors import UserError
 
 BAD = [
@@ -84,7 +83,7 @@ def test_combinations_that_cannot_work_are_refused(monkeypatch):
     prepare(config)
 
   config = mnist_ddpmpp_continuous.get_config()
-  monkeypatch.setattr(jax, 'device_count', lambda: 5)
+  monkeypatch.setattr(parallelism, 'batch_parts', lambda: 5)
   with pytest.raises(UserError, match='batch_size=32 cannot be split over 5 devices'):
     prepare(config)
 

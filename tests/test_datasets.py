@@ -6,6 +6,7 @@ import pytest
 
 import datasets
 from configs.vp import mnist_ddpmpp_continuous
+from runtime import parallelism
 from runtime.errors import UserError
 
 
@@ -103,7 +104,7 @@ def test_wrong_shapes_and_batches_are_refused_by_name(config, monkeypatch):
   with pytest.raises(UserError, match=r'MNIST5K has images of shape \(28, 28, 1\).*\(32, 32, 1\)'):
     datasets.get_dataset(config)
   config.data.image_size = 28
-  monkeypatch.setattr(jax, 'device_count', lambda: 8)
+  monkeypatch.setattr(parallelism, 'batch_parts', lambda: 8)
   with pytest.raises(UserError, match='training.batch_size=60 cannot be split over 8 devices'):
     datasets.get_dataset(config)
 

@@ -90,6 +90,8 @@ DIFFERENCES = [
     (key, ABSENT, ..., _ALL, 'a setting of what is new here')
     for key in (
       'training.grad_accum_steps',
+      'parallel.fsdp',
+      'parallel.spatial',
       *(f'data.{key}' for key in ('path', 'cache_dir', 'num_workers', 'on_device', 'max_bad')),
       *(f'eval.{key}' for key in ('bpd_repeats', 'extractor', 'inception_path', 'wait_seconds')),
       *(f'eval.{key}' for key in ('stats_path', 'stats_split', 'stats_features')),

@@ -3,7 +3,6 @@
 import random
 import shutil
 import signal
-import socket
 import time
 
 import jax
@@ -19,7 +18,7 @@ from runtime import checkpoints, parallelism
 from runtime.checkpoints import CheckpointDirectory
 from runtime.rng import stream
 from tests import tiny_config
-from tests.processes import finish, history, run, start, wait_for
+from tests.processes import finish, history, run, samples, start, wait_for
 
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
@@ -28,11 +27,6 @@ def final_state(workdir):
   _, like = train_state.abstract_state(tiny_config.get_config())
   with CheckpointDirectory(workdir / 'checkpoints-meta') as latest:
     return checkpoints.restore_newest([latest], like)
-
-
-def samples(workdir):
-  paths = sorted((workdir / 'samples').glob('*/sample.npz'))
-  return {path.parent.name: np.load(path)['samples'] for path in paths}
 
 
 def assert_same_run(workdir, reference):
@@ -156,57 +150,10 @@ def test_fused_steps_agree_with_single_steps():
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
-def assert_close_run(workdir, reference):
-  """As far as the run went: a shorter one is compared with the beginning of the reference."""
-  ours, theirs = history(workdir), history(reference)
-  last = max(step for step, _ in ours)
-  theirs = {key: value for key, value in theirs.items() if key[0] <= last}
-  assert ours.keys() == theirs.keys()
-  np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-4)
-  images, expected = samples(workdir), samples(reference)
-  assert images.keys() == {f'iter_{step}_host_0' for step in range(10, last + 1, 10)}
-  differences = [np.abs(x.astype(int) - expected[name]).max() for name, x in images.items()]
-  assert max(differences) <= 1  # grey levels
-
-
 def test_images_on_the_devices_and_reading_threads_train_the_same_run(uninterrupted, tmp_path):
   run(tmp_path, '--config.data.on_device=True', '--config.training.n_iters=20')
   run(tmp_path, '--config.data.num_workers=3')
   assert_same_run(tmp_path, uninterrupted)
-
-
-@pytest.mark.slow
-def test_eight_devices_give_the_result_of_one_and_can_hand_over(uninterrupted, tmp_path):
-  run(tmp_path, '--config.training.n_iters=10', '--config.data.on_device=True', devices=8)
-  run(tmp_path, devices=1)  # one device resumes from a checkpoint of eight
-  assert_close_run(tmp_path, uninterrupted)
-  run(tmp_path, '--config.training.n_iters=41', devices=8)  # and back
-  assert (41, 'training_loss') in history(tmp_path)
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_result_of_one(uninterrupted, tmp_path):
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    port = probe.getsockname()[1]
-  group = [
-    start(
-      tmp_path,
-      '--config.training.n_iters=20',
-      f'--coordinator=127.0.0.1:{port}',
-      '--num_processes=2',
-      f'--process_id={i}',
-    )
-    for i in range(2)
-  ]
-  try:
-    for process in group:
-      finish(process)
-  finally:
-    for process in group:
-      process.kill()
-  assert_close_run(tmp_path, uninterrupted)
-  assert (20, 'training_loss') in history(tmp_path)
 
 
 @pytest.mark.slow
