@@ -4,6 +4,7 @@ import logging as python_logging
 import os
 import runpy
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -66,7 +67,10 @@ _CHECKPOINT_NUMBER = flags.DEFINE_integer(
   'newest.',
 )
 _COORDINATOR = flags.DEFINE_string(
-  'coordinator', None, 'host:port of the first process, for a run of several processes.'
+  'coordinator',
+  None,
+  'For a run of several processes: host:port of the first one, or auto, which asks Slurm, Open MPI '
+  'or the Cloud TPU for it and for the next two flags.',
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Number of processes of the run.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
@@ -130,7 +134,6 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}: all arguments are flags.')
   # Imported here so that --help and a misspelt flag are answered at once.
-  import jax
 
   import run_lib
   from runtime.errors import UserError
@@ -149,39 +152,53 @@ def main(argv: list[str]) -> None:
       config, workdir, checkpoint=checkpoint, number=_CHECKPOINT_NUMBER.value
     ),
   }
+  peers = None
   try:
-    startup.start_jax(
+    peers = startup.start_jax(
       config,
       coordinator=_COORDINATOR.value,
       num_processes=_NUM_PROCESSES.value,
       process_id=_PROCESS_ID.value,
     )
     modes[_MODE.value]()
-  except (UserError, FloatingPointError) as error:
-    _fail(type(error).__name__, str(error))
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+  except Exception as error:
+    ours = isinstance(error, UserError | FloatingPointError)
+    sentence = f'{type(error).__name__}: {error}' if ours else _sentence(error)
+    if sentence is None and peers is None:
       raise
-    _fail(
-      'OutOfMemory',
-      f'{str(error).splitlines()[0]} Lower the batch size of the mode (training.batch_size, '
-      f'sampling.batch_size, eval.batch_size) or, to train, set model.remat=True.',
+    if peers and not ours:
+      peers.await_loss()  # of which this error may be a consequence
+    _say_last(sentence or traceback.format_exc())
+    if peers:
+      peers.fail()
+    sys.exit(1)
+  if peers:
+    peers.leave()
+
+
+def _sentence(error: Exception) -> str | None:
+  """What to say about an error that is not ours; None if it is a fault of the program."""
+  if 'RESOURCE_EXHAUSTED' in str(error):
+    return (
+      f'OutOfMemory: {str(error).splitlines()[0]} Lower the batch size of the mode '
+      f'(training.batch_size, sampling.batch_size, eval.batch_size) or, to train, set '
+      f'model.remat=True or training.grad_accum_steps.'
     )
-  except OSError as error:
+  if isinstance(error, OSError):
     where = f': {error.filename}' if error.filename else ''
-    _fail(
-      'OSError',
-      f'{error.strerror or error}{where}. The files written before are intact; fix the cause and '
-      f'rerun the same command, which resumes.',
+    return (
+      f'OSError: {error.strerror or error}{where}. The files written before are intact; fix the '
+      f'cause and rerun the same command, which resumes.'
     )
+  return None
 
 
-def _fail(kind: str, message: str) -> None:
+def _say_last(message: str) -> None:
   logging.get_absl_handler().flush()
   # A save that failed in the background may still log; the sentence comes last, in one write.
   python_logging.disable(python_logging.CRITICAL)
-  sys.stderr.write(f'{kind}: {message}\n')
-  sys.exit(1)
+  sys.stderr.write(f'{message}\n')
+  sys.stderr.flush()
 
 
 if __name__ == '__main__':

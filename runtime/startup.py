@@ -4,11 +4,19 @@ import os
 import pathlib
 import platform
 import sys
+from typing import TYPE_CHECKING
 
 from absl import logging
 from ml_collections import ConfigDict
 
 from runtime.errors import UserError
+
+if TYPE_CHECKING:
+  from runtime.peers import Peers
+
+
+# How long JAX waits for a sign of life of a process.
+_HEARTBEAT_SECONDS = 100
 
 
 def restart_with_settings() -> None:
@@ -46,14 +54,18 @@ def start_jax(
   coordinator: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
-) -> None:
+) -> 'Peers | None':
   """Sets the number of CPU devices, and joins the other processes of the run.
 
   Args:
     config: the configuration, whose batch sizes the devices must share evenly.
-    coordinator: host:port of the first process; None for a run of one process.
+    coordinator: host:port of the first process; 'auto' asks the cluster (Slurm, Open MPI, a Cloud
+      TPU, Kubernetes) for everything; None is a run of one process.
     num_processes: the number of processes; None asks the cluster.
     process_id: the number of this process, from 0; None asks the cluster.
+
+  Returns:
+    The watch over the other processes; None in a run of one process.
 
   Raises:
     UserError: if the processes cannot be joined.
@@ -69,16 +81,58 @@ def start_jax(
         'devices at one: move that into a function to train on all cores.'
       )
   if coordinator is None:
-    return
+    _warn_of_separate_runs()
+    return None
+  address = None if coordinator == 'auto' else coordinator
   try:
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.distributed.initialize(
+      address, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
+    )
   except (ValueError, RuntimeError) as error:
     reason = str(error).splitlines()[0]
+    given = (
+      f'--coordinator={coordinator}, --num_processes={num_processes}, --process_id={process_id}'
+    )
     raise UserError(
-      f'--coordinator={coordinator}, --num_processes={num_processes}, --process_id={process_id} do '
-      f'not start a run of several processes ({reason}): give all three, with the same host:port '
-      f'in all processes and process_id from 0.'
+      f'{given} do not start a run of several processes ({reason}): give all three, with the same '
+      f'host:port in all processes and process_id from 0, or --coordinator=auto under Slurm, Open '
+      f'MPI or on a Cloud TPU.'
     ) from error
+  return _watch_peers()
+
+
+def _watch_peers() -> 'Peers | None':
+  import jax
+  from jax._src import distributed  # the only place that knows what --coordinator=auto has found
+
+  from runtime.peers import Peers
+
+  if jax.process_count() == 1:
+    return None
+  host = distributed.global_state.coordinator_address.rpartition(':')[0].strip('[]')
+  try:
+    return Peers(jax.process_index(), jax.process_count(), host)
+  except OSError as error:
+    logging.warning(
+      'The processes cannot watch each other (%s): if one dies, JAX notices after up to %d s.',
+      error,
+      _HEARTBEAT_SECONDS,
+    )
+    return None
+
+
+def _warn_of_separate_runs() -> None:
+  """Says so if a launcher has started several processes that will each be a run of its own."""
+  for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE'):
+    if int(os.environ.get(name, 1)) > 1:
+      logging.warning(
+        '%s=%s, but --coordinator is not set: each process is a run of its own. For one run of all '
+        'processes set --coordinator=auto.',
+        name,
+        os.environ[name],
+      )
+  if ',' in os.environ.get('TPU_WORKER_HOSTNAMES', ''):
+    logging.warning('This is one host of a TPU pod: set --coordinator=auto to use all of them.')
 
 
 def _cpu_devices(config: ConfigDict) -> int:
@@ -92,8 +146,11 @@ def _cpu_devices(config: ConfigDict) -> int:
   sizes = [config.get(section, {}).get('batch_size', 1) for section in sections]
   if not all(isinstance(size, int) for size in sizes):
     return 1  # the configuration is refused later, with a sentence
-  most = min(available_cores(), 4)
-  return max(n for n in range(1, most + 1) if not any(size % n for size in sizes))
+  parallel = config.get('parallel', {})
+  together = parallel.get('fsdp', 1) * parallel.get('spatial', 1)
+  most = max(min(available_cores(), 4), together)
+  fitting = [n for n in range(together, most + 1, together) if not any(size % n for size in sizes)]
+  return max(fitting, default=together)
 
 
 def available_cores() -> int:

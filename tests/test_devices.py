@@ -1,12 +1,23 @@
 """One run gives the same numbers on any number and layout of devices and processes."""
 
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from tests.processes import ROOT, environment, finish, history, run, samples, start_together
+from tests.processes import (
+  ROOT,
+  environment,
+  finish,
+  history,
+  run,
+  samples,
+  start,
+  start_together,
+  wait_for,
+)
 
 # Wide enough for its kernels to be split, see `parallelism.parameter_sharding`.
 WIDE = ('--config.model.width=512', '--config.training.n_iters=20')
@@ -126,3 +137,55 @@ def test_an_impossible_layout_is_refused_in_a_sentence(tmp_path):
     'are 4: choose numbers whose product divides that.'
   )
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('lost', [0, 1])
+def test_a_killed_process_ends_the_other_with_a_sentence_and_both_resume(
+  one_device, tmp_path, lost
+):
+  group = start_together(tmp_path, *WIDE, devices=2)
+  try:
+    log = tmp_path / 'metrics.jsonl'
+    wait_for(lambda: log.exists() and '"step": 8' in log.read_text(), group[0])
+    group[lost].kill()
+    output, _ = group[1 - lost].communicate(timeout=60)
+  finally:
+    for process in group:
+      process.kill()
+  assert group[1 - lost].returncode == 75
+  assert output.splitlines()[-1].startswith(f'LostProcess: process {lost} of this run is gone, so ')
+  assert 'Traceback' not in output
+  for process in start_together(tmp_path, *WIDE, devices=2):
+    assert 'Resuming from' in finish(process)
+  assert_same(tmp_path, one_device)
+
+
+@pytest.mark.slow
+def test_an_error_of_all_processes_is_reported_by_each(tmp_path):
+  for process in start_together(tmp_path, '--config.optim.lr=-1', devices=2):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert output.splitlines()[-1].startswith('UserError: optim.lr=-1.0 must be positive')
+
+
+@pytest.mark.slow
+def test_processes_find_each_other_under_slurm(tmp_path, monkeypatch):
+  job = {'SLURM_JOB_ID': str(os.getpid()), 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2'}
+  for name, value in (job | {'SLURM_STEP_NUM_TASKS': '2', 'SLURM_LOCALID': '0'}).items():
+    monkeypatch.setenv(name, value)
+  group = []
+  for index in range(2):
+    monkeypatch.setenv('SLURM_PROCID', str(index))
+    group.append(start(tmp_path, '--config.training.n_iters=5', '--coordinator=auto'))
+  for process in group:
+    output = finish(process)
+    assert '2 x cpu in 2 processes' in output
+    assert 'is a run of its own' not in output
+
+
+@pytest.mark.slow
+def test_separate_runs_of_a_launcher_are_told_so(tmp_path, monkeypatch):
+  monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '2')
+  output = run(tmp_path, '--config.training.n_iters=5')
+  assert 'SLURM_STEP_NUM_TASKS=2, but --coordinator is not set: each process is a run' in output

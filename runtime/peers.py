@@ -1,0 +1,125 @@
+"""The processes of one run, and what happens to the others when one of them is gone.
+
+JAX would let the others wait in a collective for minutes and then abort. Here every process keeps a
+connection to the first one: it breaks at once when a process dies, and falls silent when a process
+or its machine stops, upon which all others end with one sentence.
+"""
+
+import contextlib
+import logging as python_logging
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from typing import NoReturn
+
+from absl import logging
+
+from runtime import parallelism
+
+LOST = 75  # the exit status: temporary failure, rerun the command
+_BEAT_SECONDS = 5.0
+_SILENCE_SECONDS = 40.0
+# How long a process waits for a sign that its error follows from the loss of another one, and how
+# long the first one, without which JAX aborts the others at once, lets them report the same error.
+_WAIT_SECONDS = 1.0
+
+
+class Peers:
+  """Watches the other processes in a thread; the first process listens, the others connect to it.
+
+  Args:
+    index: the number of this process.
+    count: the number of processes.
+    host: the name or address of the first process's machine.
+  """
+
+  def __init__(self, index: int, count: int, host: str):
+    self._index = index
+    self._lost = threading.Event()
+    self._left = False
+    self._sockets: dict[int, socket.socket] = {}
+    self._heard: dict[int, float] = {}
+    self._connect(count, host)
+    for peer in self._sockets:
+      self._heard[peer] = time.monotonic()
+    threading.Thread(target=self._watch, name='peers', daemon=True).start()
+
+  def _connect(self, count: int, host: str) -> None:
+    if self._index == 0:
+      with socket.create_server(('', 0)) as server:
+        server.settimeout(60)
+        parallelism.from_first_process(server.getsockname()[1])
+        for _ in range(count - 1):
+          connection, _ = server.accept()
+          peer = int.from_bytes(connection.recv(4, socket.MSG_WAITALL))
+          self._sockets[peer] = connection
+    else:
+      port = parallelism.from_first_process(0)
+      connection = socket.create_connection((host, port), timeout=60)
+      connection.sendall(self._index.to_bytes(4))
+      self._sockets[0] = connection
+
+  def _watch(self) -> None:
+    selector = selectors.DefaultSelector()
+    for peer, connection in self._sockets.items():
+      connection.settimeout(_BEAT_SECONDS)
+      selector.register(connection, selectors.EVENT_READ, peer)
+    while self._sockets and not self._left:
+      for key, _ in selector.select(_BEAT_SECONDS):
+        peer = key.data
+        try:
+          message = key.fileobj.recv(64)
+        except OSError:
+          message = b''
+        self._heard[peer] = time.monotonic()
+        if b'l' in message:  # it has left: its work is done
+          selector.unregister(key.fileobj)
+          self._sockets.pop(peer).close()
+        elif b'x' in message:  # the first process has lost another one
+          self._end(int(message[message.index(b'x') + 1 :].split(b';')[0]), 'is gone')
+        elif not message:
+          self._end(peer, 'is gone')
+      self._send(b'b')
+      for peer in list(self._sockets):
+        if time.monotonic() - self._heard[peer] > _SILENCE_SECONDS:
+          self._end(peer, f'has been silent for {_SILENCE_SECONDS:.0f} s')
+
+  def _send(self, message: bytes) -> None:
+    for connection in list(self._sockets.values()):
+      with contextlib.suppress(OSError):  # what is broken is noticed by reading
+        connection.sendall(message)
+
+  def _end(self, peer: int, what: str) -> None:
+    if self._left:
+      return
+    self._lost.set()
+    self._send(b'x%d;' % peer)
+    logging.get_absl_handler().flush()
+    python_logging.disable(python_logging.CRITICAL)
+    sys.stderr.write(
+      f'LostProcess: process {peer} of this run {what}, so process {self._index} stops: see the '
+      f'output of that process for the reason, then rerun the same commands, which resume from the '
+      f'last checkpoint.\n'
+    )
+    sys.stderr.flush()
+    os._exit(LOST)  # whatever threads still wait for that process
+
+  def leave(self) -> None:
+    """Tells the others that this process has done its work."""
+    self._left = True
+    self._send(b'l')
+
+  def await_loss(self) -> None:
+    """Does not return if another process is gone, or is seen to be within a second."""
+    if self._lost.wait(_WAIT_SECONDS):
+      threading.Event().wait()  # the thread reports it and ends this process
+
+  def fail(self) -> NoReturn:
+    """Ends this process, which has reported an error of its own; JAX would wait for the others."""
+    self._left = True
+    if self._index == 0:
+      time.sleep(_WAIT_SECONDS)
+    os._exit(1)
