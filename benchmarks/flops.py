@@ -42,7 +42,9 @@ def _operations(equation: core.JaxprEqn) -> int:
     return params['length'] * sum(inner)
   if name == 'shard_map':  # its body is what one device does
     mesh = params['mesh']
-    return math.prod(mesh.shape[axis] for axis in params['manual_axes']) * sum(inner)
+    # jax calls this parameter manual_axes or newly_manual_axes.
+    axes = next(value for key, value in params.items() if key.endswith('manual_axes'))
+    return math.prod(mesh.shape[axis] for axis in axes) * sum(inner)
   return sum(inner)
 
 

@@ -12,7 +12,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -34,7 +34,7 @@ from benchmarks.request import PARTS, Request
 from models import utils as mutils
 from modes import train as train_mode
 from modes.preparation import prepare
-from modes.training_loop import TrainStep, restore_or_init
+from modes.training_loop import restore_or_init
 from runtime import parallelism, startup
 from runtime.array_types import Images, PerExample
 from runtime.errors import UserError
@@ -46,6 +46,9 @@ from train_state import State
 _SAMPLER_STEPS = (5, 25, 125)
 # An adaptive solver that accepts every step takes three; Heun's has two evaluations in each.
 _FEW_EVALUATIONS = {'ode_solver': 'Heun', 'rtol': 1e3, 'atol': 1e3}
+
+# Overrides that the report names elsewhere.
+_NAMED = ('data.dataset', 'training.batch_size')
 
 PyTree = Any
 
@@ -74,7 +77,7 @@ def measure(request: Request) -> dict[str, Any]:
   bench = Bench(prepare(config))
   report = {
     'config': request.config,
-    'overrides': request.overrides,
+    'overrides': {k: v for k, v in request.overrides.items() if k not in _NAMED},
     'data': bench.config.data.dataset,
     'batch_size': bench.batch_size,
     'runs': request.runs,
@@ -119,7 +122,10 @@ def load(request: Request) -> ConfigDict:
       with config[section].unlocked():
         config[section][key] = value
     except TypeError as error:
-      raise UserError(f'--set {name}={value!r} has the wrong type: {error}.') from error
+      raise UserError(
+        f'--set {name}={value!r} has the wrong type ({error}): give one of the type that the '
+        f'configuration has.'
+      ) from error
   return config
 
 
@@ -152,11 +158,9 @@ class Bench:
     self.input_seconds: list[float] = []
     data = config.data
     shape = (self.batch_size, data.image_size, data.image_size, data.num_channels)
-    self.x, self.labels = parallelism.split((np.ones(shape, np.float32), np.ones(len(self), 'f')))
+    ones = np.ones(shape, np.float32), np.ones(self.batch_size, np.float32)
+    self.x, self.labels = parallelism.split(ones)
     self.network = jax.jit(self._network)
-
-  def __len__(self) -> int:
-    return self.batch_size
 
   @property
   def weights(self) -> tuple[PyTree, PyTree]:
@@ -191,7 +195,8 @@ class Bench:
     return flops.of(drift, self.weights, self.x)
 
   @functools.cached_property
-  def _training(self) -> tuple[TrainStep, Iterator[PyTree]]:
+  def train_step(self) -> Callable[[], int]:
+    """Does the training steps of one compiled call, and returns their number."""
     dataset, _, _ = datasets.get_dataset(self.config, self.config.data.uniform_dequantization)
     step = train_mode.compile_train_step(
       losses.build_step_fn(self.config, self.sde, self.model, train=True),
@@ -199,52 +204,55 @@ class Bench:
       stream(self.config.seed, 'train'),
       table=dataset.table('image'),
     )
-    return step, dataset.inputs(0, 'image')
-
-  def train_step(self) -> int:
-    """Does the training steps of one compiled call, and returns their number."""
-    step, batches = self._training
+    batches = dataset.inputs(0, 'image')
     # On CPU every step is a call, see `training_loop.compile_steps`.
     on_cpu = jax.default_backend() == 'cpu'
     count = 1 if on_cpu else self.config.training.n_jitted_steps
-    start = time.perf_counter()
-    group = [next(batches) for _ in range(count)]
-    self.input_seconds.append(time.perf_counter() - start)
-    self.state, _ = step(self.state, group)
-    jax.block_until_ready(self.state)
-    return count
+
+    def run() -> int:
+      start = time.perf_counter()
+      group = [next(batches) for _ in range(count)]
+      self.input_seconds.append(time.perf_counter() - start)
+      self.state, _ = step(self.state, group)
+      jax.block_until_ready(self.state)
+      return count
+
+    return run
 
   @functools.cached_property
-  def sampler(self) -> sampling.SamplingFn:
-    """The configured sampler with few steps, which one compiled call does if calls are costly."""
+  def sample(self) -> Callable[[], int]:
+    """Draws a batch by the configured sampler in few steps, and returns the NFE."""
     config = self.config.copy_and_resolve_references()
     if config.sampling.method == 'ode':
       config.sampling.update(_FEW_EVALUATIONS)
     else:
       steps = _fewest_steps(config, self.sde)
+      # Where a call is costly, all of the steps are one.
       config.sampling.update({'n_steps': steps, 'trajectory_every': steps})
     scaler = datasets.get_data_inverse_scaler(config)
-    return sampling.get_sampling_fn(config, self.sde, self.model, self.x.shape, scaler)
+    sampler = sampling.get_sampling_fn(config, self.sde, self.model, self.x.shape, scaler)
 
-  def sample(self) -> int:
-    """Draws a batch and returns the NFE."""
-    x, nfe = self.sampler(jax.random.PRNGKey(0), self.state)
-    jax.block_until_ready(x)
-    return nfe
+    def run() -> int:
+      x, nfe = sampler(jax.random.PRNGKey(0), self.state)
+      jax.block_until_ready(x)
+      return nfe
+
+    return run
 
   @functools.cached_property
-  def likelihood(self) -> likelihood.LikelihoodFn:
-    """The configured likelihood with one Rademacher probe and few evaluations."""
+  def log_prob(self) -> Callable[[], int]:
+    """Takes the likelihood of a batch with one Rademacher probe, and returns the NFE."""
     config = self.config.copy_and_resolve_references()
     config.likelihood.update({'hutchinson_type': 'Rademacher', 'num_probes': 1, **_FEW_EVALUATIONS})
     scaler = datasets.get_data_inverse_scaler(config)
-    return likelihood.from_config(config, self.sde, self.model, inverse_scaler=scaler)
+    bits_per_dim = likelihood.from_config(config, self.sde, self.model, inverse_scaler=scaler)
 
-  def log_prob(self) -> int:
-    """Takes the likelihood of a batch and returns the NFE."""
-    bits, _, nfe = self.likelihood(jax.random.PRNGKey(0), self.state, self.x)
-    jax.block_until_ready(bits)
-    return nfe
+    def run() -> int:
+      bits, _, nfe = bits_per_dim(jax.random.PRNGKey(0), self.state, self.x)
+      jax.block_until_ready(bits)
+      return nfe
+
+    return run
 
 
 def _fewest_steps(config: ConfigDict, sde: SDE) -> int:
@@ -267,6 +275,7 @@ class _Runs:
   units: int
   first_call: float
   compilations: machine.Compilations
+  resident: int = 0
   part: list[float] = dataclasses.field(default_factory=list)
   forward: list[float] = dataclasses.field(default_factory=list)
   peaks: list[float] = dataclasses.field(default_factory=list)
@@ -293,6 +302,7 @@ def _time(bench: Bench, part: Callable[[], int], runs: int, beside_forward: bool
     part()
     found.part.append((time.perf_counter() - start) / units)
     found.peaks.append(machine.gemm_peak())
+  found.resident = machine.peak_memory()
   return found
 
 
@@ -302,7 +312,7 @@ def _report(bench: Bench, found: _Runs, flop: int) -> dict[str, Any]:
   return {
     'units_per_run': found.units,
     'seconds': machine.spread(found.part),
-    'images_per_second': machine.digits(len(bench) / seconds),
+    'images_per_second': machine.digits(bench.batch_size / seconds),
     'GFLOP': machine.digits(flop / 1e9),
     'GFLOP_per_second': machine.digits(flop / seconds / 1e9),
     'gemm_peak_GFLOP_per_second': machine.digits(peak / 1e9),
@@ -312,7 +322,7 @@ def _report(bench: Bench, found: _Runs, flop: int) -> dict[str, Any]:
     'programs': found.compilations.programs,
     'programs_from_cache': found.compilations.from_cache,
     'compiled_MiB': machine.digits(found.compilations.memory() / 2**20),
-    'resident_MiB': machine.digits(machine.peak_memory() / 2**10),
+    'resident_MiB': machine.digits(found.resident / 2**10),
   }
 
 
