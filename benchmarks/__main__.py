@@ -86,8 +86,6 @@ def requests(arguments: argparse.Namespace) -> list[Request]:
   for path in (config.partition(':')[0] for config in arguments.configs):
     if not pathlib.Path(path).is_file():
       raise UserError(f'{path} does not exist: name a file such as those in configs/vp/.')
-  if arguments.json and not pathlib.Path(arguments.json).absolute().parent.is_dir():
-    raise UserError(f'The folder of --json={arguments.json} does not exist: create it first.')
   overrides = {} if arguments.data == 'real' else {'data.dataset': 'random'}
   if arguments.batch_size is not None:
     overrides['training.batch_size'] = _positive('--batch_size', arguments.batch_size)
@@ -122,6 +120,20 @@ def _override(text: str) -> tuple[str, Any]:
   return name, value
 
 
+def _check_writable(arguments: argparse.Namespace) -> None:
+  """Creates what the flags name, before measurements that could not be written take their time."""
+  try:
+    if arguments.json:
+      open(arguments.json, 'a').close()
+    if arguments.profile:
+      os.makedirs(arguments.profile, exist_ok=True)
+  except OSError as error:
+    flag = '--json' if error.filename == arguments.json else '--profile'
+    raise UserError(
+      f'{flag}={error.filename} cannot be written ({error.strerror}): choose another place.'
+    ) from error
+
+
 def measure(request: Request) -> dict[str, Any] | None:
   """Measures a configuration in a new process; returns None if it failed and said why."""
   with tempfile.TemporaryDirectory() as folder:
@@ -150,6 +162,7 @@ def main(argv: Sequence[str]) -> int:
   arguments = parser().parse_args(argv)
   asked = requests(arguments)
   old = compare.read(arguments.compare) if arguments.compare else None
+  _check_writable(arguments)
   failed = False
   for request in asked:
     found = measure(request)

@@ -283,7 +283,6 @@ class _Runs:
 
 def _time(bench: Bench, part: Callable[[], int], runs: int, beside_forward: bool) -> _Runs:
   """Times `runs` calls of `part`, each beside a matrix product, after two that are not timed."""
-  machine.gemm_peak()  # compiles
   if beside_forward:
     bench.forward()
   machine.restart_peak_memory()

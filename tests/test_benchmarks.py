@@ -12,8 +12,9 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import compare, flops, profile, report
 from runtime.errors import UserError
+from tests import processes
 
-TINY = 'tests/tiny_config.py'
+TINY = processes.CONFIG
 IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 3), 'float32')
 
 
@@ -184,8 +185,9 @@ def test_profile_sums_kinds_of_operations(tmp_path):
     ([TINY, '--runs=many'], '--runs=many must be a whole number'),
     ([TINY, '--batch_size=-1'], '--batch_size=-1 must be a whole number of at least 1'),
     ([TINY, '--set', 'nf=3'], "--set 'nf=3' is not section.key=value"),
-    ([TINY, '--json=/missing/file'], 'The folder of --json=/missing/file does not exist'),
+    ([TINY, '--json=/missing/file'], '--json=/missing/file cannot be written'),
     ([TINY, '--compare=/missing/file'], '--compare=/missing/file cannot be read'),
+    ([TINY, f'--profile={TINY}'], f'--profile={TINY} cannot be written'),
     ([TINY, '--profile=x', '--parts=forward'], 'which --parts=forward leaves out: add train'),
     ([TINY, '--data=fake'], 'invalid choice'),
     ([TINY, '--colder'], 'unrecognized arguments: --colder'),
@@ -211,7 +213,11 @@ def test_overrides_are_values_or_strings():
 
 def run(*arguments):
   return subprocess.run(
-    [sys.executable, '-m', 'benchmarks', *arguments], capture_output=True, text=True
+    [sys.executable, '-m', 'benchmarks', *arguments],
+    cwd=processes.ROOT,
+    env=processes.environment(),
+    capture_output=True,
+    text=True,
   )
 
 
