@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from models import utils as mutils
 from runtime import parallelism
-from runtime.array_types import Array, Batch, Count, PerExample, RandomKey, Scaler
+from runtime.array_types import Array, Batch, Count, PerExample, RandomKey, Scalar, Scaler
 from runtime.errors import UserError
 from runtime.registry import Registry
 from samplers import ode_solver
@@ -37,6 +37,7 @@ Levels = Real[Array, 'B *dims']  # grey levels, or values in the network's range
 Probes = Float[Array, 'K B *dims']
 Drift = Callable[[Batch], Batch]
 Divergence = Callable[[Drift, Batch], tuple[Batch, PerExample]]
+AugmentedDrift = Callable[[Scalar, tuple[Batch, PerExample]], tuple[Batch, PerExample]]
 LikelihoodFn = Callable[[RandomKey, State, Levels], tuple[PerExample, Batch, int]]
 
 _LARGEST_EXACT = 4096  # dimensions, each of which costs the exact divergence a pass of the network
@@ -119,6 +120,19 @@ class Likelihood:
   method: str = 'RK45'
   eps: float = 1e-5
 
+  def augmented_drift(self, score_fn: ScoreFn, divergence: Divergence) -> AugmentedDrift:
+    """The right-hand side of the ODE for (x_t, the change of log p): f~ and its divergence.
+
+    The arguments are those of `log_prob`; the result is `(t, (x, change)) -> (f~, div f~)`.
+    """
+    flow = self.sde.reverse(score_fn, probability_flow=True)
+
+    def augmented(t: Scalar, y: tuple[Batch, PerExample]) -> tuple[Batch, PerExample]:
+      t = jnp.full((y[0].shape[0],), t)
+      return divergence(lambda x: flow.sde(x, t)[0], y[0])
+
+    return augmented
+
   def log_prob(
     self, score_fn: ScoreFn, x: Batch, divergence: Divergence
   ) -> tuple[PerExample, Batch, Count]:
@@ -135,15 +149,9 @@ class Likelihood:
     Raises:
       UserError: if the ODE solver is unknown or the tolerances are impossible.
     """
-    flow = self.sde.reverse(score_fn, probability_flow=True)
-
-    def augmented(t, y):
-      t = jnp.full((x.shape[0],), t)
-      return divergence(lambda x: flow.sde(x, t)[0], y[0])
-
     start = (x, jnp.zeros(x.shape[0]))
     (z, change), nfe = ode_solver.solve(
-      augmented,
+      self.augmented_drift(score_fn, divergence),
       start,
       t0=self.eps,
       t1=self.sde.T,

@@ -10,8 +10,6 @@ whole process as Linux counts it.
 """
 
 import json
-import pathlib
-import re
 import statistics
 import time
 from typing import Any
@@ -22,7 +20,7 @@ from absl import app, flags
 
 import evaluation
 import metrics
-from benchmarks.training import gemm_peak
+from benchmarks.machine import gemm_peak, peak_memory
 from models import inception
 
 _FEATURES = flags.DEFINE_bool('features', False, 'Time the metrics instead of the network.')
@@ -97,12 +95,6 @@ def time_metrics() -> dict[str, object]:
     'peak_memory_GiB': round(peak_memory() / 2**20, 2),
     **{name: round(value, 4) for name, value in numbers.items()},
   }
-
-
-def peak_memory() -> int:
-  """The peak memory in KiB; `getrusage` would count that of the parent process as well."""
-  status = pathlib.Path('/proc/self/status').read_text()
-  return int(re.search(r'VmHWM:\s+(\d+) kB', status).group(1))
 
 
 def main(argv: list[str]) -> None:
