@@ -2,7 +2,8 @@
 
 An evaluation (NFE) is one of the bare network, of the network inside the configured sampler, or of
 the drift and its divergence inside the likelihood. The last two alternate with the bare network,
-and a matrix product is timed beside each run, so that a ratio compares what ran at the same time.
+and matrix products are timed before and after each run, so that a ratio compares what ran at the
+same time.
 """
 
 import dataclasses
@@ -285,6 +286,7 @@ def _time(bench: Bench, part: Callable[[], int], runs: int, beside_forward: bool
   """Times `runs` calls of `part`, each beside a matrix product, after two that are not timed."""
   if beside_forward:
     bench.forward()
+  machine.gemm_peak()
   machine.restart_peak_memory()
   compilations = machine.Compilations()
   start = time.perf_counter()
@@ -297,10 +299,11 @@ def _time(bench: Bench, part: Callable[[], int], runs: int, beside_forward: bool
       start = time.perf_counter()
       bench.forward(units)
       found.forward.append((time.perf_counter() - start) / units)
+    before = machine.gemm_peak()
     start = time.perf_counter()
     part()
     found.part.append((time.perf_counter() - start) / units)
-    found.peaks.append(machine.gemm_peak())
+    found.peaks.append((before + machine.gemm_peak()) / 2)
   found.resident = machine.peak_memory()
   return found
 
@@ -308,6 +311,8 @@ def _time(bench: Bench, part: Callable[[], int], runs: int, beside_forward: bool
 def _report(bench: Bench, found: _Runs, flop: int) -> dict[str, Any]:
   """What all parts have in common; `flop` is that of one unit."""
   seconds, peak = statistics.median(found.part), statistics.median(found.peaks)
+  # Of each run to the products before and after it, since many machines change their speed.
+  shares = [flop / s / p for s, p in zip(found.part, found.peaks, strict=True)]
   return {
     'units_per_run': found.units,
     'seconds': machine.spread(found.part),
@@ -315,7 +320,7 @@ def _report(bench: Bench, found: _Runs, flop: int) -> dict[str, Any]:
     'GFLOP': machine.digits(flop / 1e9),
     'GFLOP_per_second': machine.digits(flop / seconds / 1e9),
     'gemm_peak_GFLOP_per_second': machine.digits(peak / 1e9),
-    'share_of_gemm_peak': machine.digits(flop / seconds / peak),
+    'share_of_gemm_peak': machine.digits(statistics.median(shares)),
     'first_call_seconds': machine.digits(found.first_call),
     'compile_seconds': machine.digits(found.compilations.seconds),
     'programs': found.compilations.programs,
