@@ -108,6 +108,9 @@ def get_default_configs() -> ml_collections.ConfigDict:
   model.dropout = 0.1
   model.embedding_type = 'fourier'
   model.ema_rate = 0.9999
+  # Of float32 products on accelerators: 'default' (TF32 on GPUs, bfloat16 on TPUs), 'bfloat16',
+  # 'tensorfloat32' or 'float32'. A CPU always multiplies in float32.
+  model.matmul_precision = 'default'
 
   config.optim = optim = ml_collections.ConfigDict()
   optim.optimizer = 'Adam'

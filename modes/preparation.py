@@ -6,6 +6,7 @@ build what the mode will use, without computing anything.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -48,8 +49,21 @@ def prepare(config: ConfigDict) -> ConfigDict:
   """
   config = configuration.complete(config, _registered_keys(config))
   parallelism.lay_out(config.parallel.fsdp, config.parallel.spatial)
+  _set_precision(config.model.matmul_precision)
   _check_values(config)
   return config
+
+
+# Of float32 convolutions and matrix products on accelerators; 'default' is TF32 or bfloat16 there.
+_PRECISIONS = ('default', 'tensorfloat32', 'bfloat16', 'float32')
+
+
+def _set_precision(name: str) -> None:
+  if name not in _PRECISIONS:
+    raise UserError(
+      f'Unknown model.matmul_precision {name!r}: choose one of {", ".join(_PRECISIONS)}.'
+    )
+  jax.config.update('jax_default_matmul_precision', None if name == 'default' else name)
 
 
 def _registered_keys(config: ConfigDict) -> dict[str, dict[str, Any]]:

@@ -99,24 +99,37 @@ def train_loop(
   ):
     if _is_snapshot(step, last, training.snapshot_freq):
       at_snapshot(state, metrics)  # if the process was killed after the checkpoint, before this
-    unchecked = []
+    unchecked, logged = [], step
+
+    def fetch() -> None:
+      """Waits for the losses so far, and logs the one of the last step that is to be logged."""
+      nonlocal unchecked, logged
+      if not unchecked:
+        return
+      last_step, losses = unchecked[-1][0], [values for _, values in unchecked]
+      loss = _check_finite(losses, last_step, run)
+      unchecked = []
+      if last_step % training.log_freq == 0 and last_step > logged:
+        metrics.scalar('training_loss', loss, last_step)
+        progress.set_postfix(loss=f'{loss:.4g}')
+        logged = last_step
+
     while step < last:
       group = [next(batches) for _ in range(training.n_jitted_steps)]
       state, step_losses = train_step(state, group)
+      if step % training.log_freq == 0:
+        fetch()  # while an accelerator is busy with the steps that were just started
       step += training.n_jitted_steps
-      unchecked.append(step_losses)
+      unchecked.append((step, step_losses))
       progress.update(training.n_jitted_steps)
 
       snapshot_due = _is_snapshot(step, last, training.snapshot_freq)
       save_due = snapshot_due or step % training.snapshot_freq_for_preemption == 0
       stop = run.preemption.requested(step % training.log_freq == 0)
-      if step % training.log_freq == 0 or save_due or stop:
-        loss = _check_finite(unchecked, step, run)
-        unchecked = []
-      if step % training.log_freq == 0:
-        metrics.scalar('training_loss', loss, step)
-        progress.set_postfix(loss=f'{loss:.4g}')
-      if step % training.eval_freq == 0:
+      evaluation_due = step % training.eval_freq == 0
+      if save_due or evaluation_due or stop or step == last:
+        fetch()
+      if evaluation_due:
         evaluate(state, step, metrics)
       if snapshot_due:
         run.snapshots.save(-(-step // training.snapshot_freq), step, state)

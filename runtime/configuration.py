@@ -127,7 +127,8 @@ def differences(
   """Lists the guarded settings that differ between two flat configurations, for a message.
 
   Settings that only one of the two has are listed only if no other differs: another sampler, say,
-  reads other settings, and its own name then tells more.
+  reads other settings, and its own name then tells more. A setting that did not exist when the old
+  ones were recorded had the effect of its common default.
 
   Args:
     old: the recorded settings.
@@ -137,6 +138,8 @@ def differences(
   Returns:
     Each differing setting with both values; '' if none differs.
   """
+  defaults = flatten(get_default_configs())
+  old = {name: defaults[name] for name in new if name in defaults} | dict(old)
   names = sorted(name for name in old.keys() | new.keys() if guarded(name))
   differing = [name for name in names if old.get(name) != new.get(name)]
   both = [name for name in differing if name in old and name in new]

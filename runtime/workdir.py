@@ -22,7 +22,6 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from configs.defaults import get_default_configs
 from runtime import checkpoints, configuration, parallelism, reporting
 from runtime.checkpoints import CheckpointReader
 from runtime.errors import UserError
@@ -76,6 +75,7 @@ ONLY_TRAINING = (
   'model.ema_rate',
   'model.remat',
   'model.remat_policy',
+  'model.matmul_precision',
   'model.dtype',
 )
 
@@ -154,11 +154,7 @@ def check_run(
       f'{workdir} holds a run of {kinds["model" in recorded]}, not of '
       f'{kinds["model" in config]}: use another --workdir.'
     )
-  # A field that did not exist when the run began had the effect of its default.
-  new = configuration.flatten(config)
-  defaults = configuration.flatten(get_default_configs())
-  old = {name: defaults[name] for name in new if name in defaults}
-  old |= configuration.flatten(recorded)
+  old, new = configuration.flatten(recorded), configuration.flatten(config)
   if differing := configuration.differences(old, new, guarded):
     raise UserError(
       f'{workdir} holds a run with another configuration: {differing}; set the recorded values or '

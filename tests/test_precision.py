@@ -133,3 +133,22 @@ def test_training_in_bfloat16_is_stable_for_200_steps():
     found.extend(step_losses)
   assert np.isfinite(found).all()
   assert np.mean(found[-20:]) < 0.15 * np.mean(found[:5])
+
+
+def test_the_precision_of_products_reaches_the_compiler():
+  config = mnist_ddpmpp_continuous.get_config()
+
+  def precisions(name):
+    config.model.matmul_precision = name
+    model, states, params = utils.abstract_model(prepare(config))
+    forward = jax.jit(lambda p, x, t: utils.get_model_fn(model, p, states)(x, t)[0])
+    image = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+    text = forward.lower(params, image, jax.ShapeDtypeStruct((1,), jnp.float32)).as_text()
+    return text.count('HIGHEST')
+
+  try:
+    assert precisions('float32') > 60  # two operands of every convolution and product
+    with pytest.raises(UserError, match="model.matmul_precision 'single': choose one of default, "):
+      precisions('single')
+  finally:
+    assert precisions('default') == 0

@@ -90,6 +90,7 @@ DIFFERENCES = [
     (key, ABSENT, ..., _ALL, 'a setting of what is new here')
     for key in (
       'training.grad_accum_steps',
+      'model.matmul_precision',
       'parallel.fsdp',
       'parallel.spatial',
       *(f'data.{key}' for key in ('path', 'cache_dir', 'num_workers', 'on_device', 'max_bad')),
