@@ -112,11 +112,12 @@ def shard_batch(x: _AnyBatch) -> _AnyBatch:
   The second axis of an array (B, H, W, C) is split over `spatial`.
   """
   spatial = mesh().shape['spatial']
-  batch = None if x.shape[0] % batch_parts() else BATCH_AXES
-  height = 'spatial' if spatial > 1 and x.ndim == 4 and x.shape[1] % spatial == 0 else None
-  if batch is None and height is None:
+  axes = [None if x.shape[0] % batch_parts() else BATCH_AXES]
+  if spatial > 1 and x.ndim == 4 and x.shape[1] % spatial == 0:
+    axes.append('spatial')
+  if not any(axes):
     return x
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh(), PartitionSpec(batch, height)))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh(), PartitionSpec(*axes)))
 
 
 def split_parameters(tree: PyTree) -> PyTree:
