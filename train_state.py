@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from models import utils as mutils
 from models.layers import is_frequency
+from runtime import parallelism
 from runtime.array_types import RandomKey
 from runtime.registry import Registry
 
@@ -51,14 +52,21 @@ class State:
 
 def init_state(rng: RandomKey, config: ConfigDict) -> tuple[nn.Module, State]:
   """The network that `config` describes, and the initial training state drawn with `rng`."""
-  model, model_state, params = mutils.init_model(rng, config)
-  return model, first_state(config, model_state, params)
+  model = mutils.create_model(config)
+  return model, parallelism.draw(functools.partial(fresh_state, config), rng)
 
 
 def abstract_state(config: ConfigDict) -> tuple[nn.Module, State]:
   """The network and the state of `init_state`, with shapes in place of arrays."""
-  model, model_state, params = mutils.abstract_model(config)
-  return model, jax.eval_shape(functools.partial(first_state, config), model_state, params)
+  model = mutils.create_model(config)
+  key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+  return model, jax.eval_shape(functools.partial(fresh_state, config), key)
+
+
+def fresh_state(config: ConfigDict, rng: RandomKey) -> State:
+  """The state of `init_state`, for use inside `jax.jit`."""
+  model_state, params = mutils.initializer(mutils.create_model(config), config)(rng)
+  return first_state(config, model_state, params)
 
 
 def first_state(config: ConfigDict, model_state: PyTree, params: PyTree) -> State:

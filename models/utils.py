@@ -72,10 +72,7 @@ def init_model(rng: RandomKey, config: ConfigDict) -> tuple[nn.Module, PyTree, P
     UserError: as `create_model`.
   """
   model = create_model(config)
-  # Hundreds of small random draws that run once: on CPU they take longer to optimize than to run.
-  options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-  init = jax.jit(_initializer(model, config), compiler_options=options)
-  return model, *init(rng)
+  return model, *parallelism.draw(initializer(model, config), rng)
 
 
 def abstract_model(config: ConfigDict) -> tuple[nn.Module, PyTree, PyTree]:
@@ -85,13 +82,13 @@ def abstract_model(config: ConfigDict) -> tuple[nn.Module, PyTree, PyTree]:
     UserError: as `create_model`.
   """
   model = create_model(config)
-  return model, *jax.eval_shape(_initializer(model, config), jax.random.PRNGKey(0))
+  return model, *jax.eval_shape(initializer(model, config), jax.random.PRNGKey(0))
 
 
-def _initializer(
+def initializer(
   model: nn.Module, config: ConfigDict
 ) -> Callable[[RandomKey], tuple[PyTree, PyTree]]:
-  """The function `rng -> (other collections, parameters)`."""
+  """The function `rng -> (other collections, parameters)`, which is to be compiled."""
   size = config.data.image_size
 
   def init(rng: RandomKey) -> tuple[PyTree, PyTree]:

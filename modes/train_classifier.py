@@ -62,8 +62,8 @@ def train_classifier(config: ConfigDict, workdir: pathlib.Path) -> None:
   config = _own_config(config)
   guarded = lambda name: not name.startswith(_FREE)
   check_run(_recorded(config), workdir, guarded)
-  init = functools.partial(_init_state, config)
-  like = jax.eval_shape(init)  # the network refuses shapes that do not fit
+  fresh_state = functools.partial(_init_state, config)
+  like = jax.eval_shape(fresh_state)  # the network refuses shapes that do not fit
   train_ds, eval_ds, _ = datasets.get_dataset(config, config.data.uniform_dequantization)
   _check_labels(train_ds.batch(0)['label'], config)
 
@@ -72,7 +72,7 @@ def train_classifier(config: ConfigDict, workdir: pathlib.Path) -> None:
     record(_recorded(config), workdir, guarded, **splits)
     log_start(config)
     module = CLASSIFIERS.build(config.classifier.name, config.classifier)
-    state = restore_or_init(run.directories, like, init)
+    state = restore_or_init(run.directories, like, lambda: parallelism.draw(fresh_state))
     table = train_ds.table('image', 'label')
     if table is not None:
       _check_labels(parallelism.to_host(table['label']), config)

@@ -155,7 +155,7 @@ def restore_or_init(
   Args:
     directories: where states are saved.
     like: the state with shapes in place of arrays.
-    init: draws the state that a training starts from.
+    init: draws the state that a training starts from, on the devices.
 
   Raises:
     DamagedCheckpoint: if all saved states are damaged.
@@ -163,7 +163,7 @@ def restore_or_init(
   """
   state = checkpoints.resume(directories, like)
   if state is None:
-    state = parallelism.place(init())
+    state = init()
   count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   logging.info('parameters: %d', count)
   return state

@@ -159,6 +159,13 @@ def place(state: PyTree) -> PyTree:
   return _put(state, parameter_sharding)
 
 
+def draw(build: Callable[..., PyTree], *args: PyTree) -> PyTree:
+  """`build(*args)`, a training state, as one program; no device holds more than its part of it."""
+  # Hundreds of small draws that run once: on CPU they take longer to optimize than to run.
+  options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+  return jax.jit(lambda *args: split_parameters(build(*args)), compiler_options=options)(*args)
+
+
 def _put(tree: PyTree, sharding: Callable[[_Array], NamedSharding]) -> PyTree:
   def put(x: _Array) -> jax.Array:
     x = np.asarray(x)

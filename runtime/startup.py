@@ -46,6 +46,7 @@ def keep_compiled_programs() -> None:
   """Keeps compiled programs for later runs on this machine, unless the user chose a directory."""
   directory = user_cache() / f'xla-{platform.node()}'
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(directory))
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 
 def start_jax(
