@@ -60,7 +60,7 @@ def solve(
     rtol: the relative tolerance.
     atol: the absolute tolerance.
     method: 'RK45', 'RK23', 'DOP853' or the name of an explicit Runge-Kutta method in diffrax.
-    max_steps: the largest number of steps; a solution that needs more raises an error at run time.
+    max_steps: the largest number of steps; a solution that needs more is NaN.
 
   Returns:
     y(t1), a tree like `y0`, and the NFE, which here is the number of calls of `drift`.
@@ -83,10 +83,12 @@ def solve(
     y0=y0,
     stepsize_controller=diffrax.PIDController(rtol, atol),
     max_steps=max_steps,
+    throw=False,  # a program that can raise calls the host, and such a program is never cached
     adjoint=diffrax.ForwardMode(),  # no solution is differentiated backwards, so none is stored
   )
   # With the FSAL property, the first stage of a step is the last stage of the step before.
   reused = int(solver.tableau.fsal)
   calls = solution.stats['num_steps'] * (len(solver.tableau.b_sol) - reused) + reused
-  final = jax.tree.map(lambda y: y[0], solution.ys)
+  solved = solution.result == diffrax.RESULTS.successful
+  final = jax.tree.map(lambda y: jnp.where(solved, y[0], jnp.nan), solution.ys)
   return final, jnp.asarray(calls, jnp.int32)

@@ -227,3 +227,12 @@ def test_exact_divergence_of_large_images_is_refused():
   likelihood_fn = likelihood.get_likelihood_fn(sde, model, lambda x: x, 'exact')
   with pytest.raises(UserError, match='exact divergence of 12288 dimensions is too expensive'):
     likelihood_fn(jax.random.PRNGKey(0), state, jnp.zeros((1, 64, 64, 3)))
+
+
+def test_a_solution_that_needs_too_many_steps_is_nan_and_its_program_is_cached():
+  solve = lambda x, steps: ode_solver.solve(lambda t, y: -y, x, t0=0.0, t1=1.0, max_steps=steps)[0]
+  program = jax.jit(solve, static_argnums=1)
+  np.testing.assert_allclose(program(jnp.ones(3), 100), np.full(3, np.exp(-1)), rtol=1e-4)
+  assert np.isnan(program(jnp.ones(3), 2)).all()
+  # A call of the host is what keeps a program out of the persistent cache.
+  assert 'callback' not in program.lower(jnp.ones(3), 100).as_text()
