@@ -8,6 +8,7 @@ or its machine stops, upon which all others end with one sentence.
 import contextlib
 import logging as python_logging
 import os
+import secrets
 import selectors
 import socket
 import sys
@@ -22,6 +23,7 @@ from runtime import parallelism
 LOST = 75  # the exit status: temporary failure, rerun the command
 _BEAT_SECONDS = 5.0
 _SILENCE_SECONDS = 40.0
+_CONNECT_SECONDS = 60.0
 # How long a process waits for a sign that its error follows from the loss of another one, and how
 # long the first one, without which JAX aborts the others at once, lets them report the same error.
 _WAIT_SECONDS = 1.0
@@ -48,19 +50,23 @@ class Peers:
     threading.Thread(target=self._watch, name='peers', daemon=True).start()
 
   def _connect(self, count: int, host: str) -> None:
-    if self._index == 0:
-      with socket.create_server(('', 0)) as server:
-        server.settimeout(60)
-        parallelism.from_first_process(server.getsockname()[1])
-        for _ in range(count - 1):
-          connection, _ = server.accept()
-          peer = int.from_bytes(connection.recv(4, socket.MSG_WAITALL))
-          self._sockets[peer] = connection
-    else:
+    secret = parallelism.from_first_process(secrets.randbits(31)).to_bytes(4)
+    if self._index > 0:
       port = parallelism.from_first_process(0)
-      connection = socket.create_connection((host, port), timeout=60)
-      connection.sendall(self._index.to_bytes(4))
+      connection = socket.create_connection((host, port), timeout=_CONNECT_SECONDS)
+      connection.sendall(secret + self._index.to_bytes(4))
       self._sockets[0] = connection
+      return
+    with socket.create_server(('', 0)) as server:
+      server.settimeout(_CONNECT_SECONDS)
+      parallelism.from_first_process(server.getsockname()[1])
+      while len(self._sockets) < count - 1:
+        connection, _ = server.accept()
+        connection.settimeout(_BEAT_SECONDS)
+        with contextlib.suppress(OSError):
+          message = connection.recv(8, socket.MSG_WAITALL)
+          if len(message) == 8 and message[:4] == secret:
+            self._sockets[int.from_bytes(message[4:])] = connection
 
   def _watch(self) -> None:
     selector = selectors.DefaultSelector()
