@@ -244,6 +244,8 @@ class Module:
         for name in self.called(instruction)
         for inner in self.computations[name]
       )
+    if instruction.opcode == 'custom-call':
+      return '"__cudnn$conv' in instruction.rest
     return instruction.opcode == 'convolution' and 'window={' in instruction.rest
 
   def _meets(self, instruction: Instruction, by_name: dict[str, Instruction]) -> bool:

@@ -13,6 +13,7 @@ The programs are one step of `--mode=train`, one step of the configured sampler,
 of the drift with its divergence, of which a likelihood takes some hundreds.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -66,29 +67,37 @@ class Chip:
   """What its maker publishes about a chip.
 
   Attributes:
-    flops: floating point operations per second in bfloat16. Matrix products and convolutions of
-      float32 run at that speed too: by default JAX rounds their factors to bfloat16 on a TPU.
+    flops: operations per second of matrix products and convolutions by `model.dtype`. float32 has
+      its factors rounded, by JAX's default: to bfloat16 on a TPU, to TF32 on an H100.
     memory: bytes of its main memory.
     memory_bandwidth: bytes per second from and to the main memory.
-    ring_bandwidth: bytes per second that it sends to its two neighbours in a ring.
-    clock: cycles per second, from `flops` and the matrix units; None where these do not tell.
+    ring_bandwidth: bytes per second that it sends as a part of a ring.
+    clock: cycles per second, from `flops` and the matrix units; None where these do not tell, or
+      where the compiler estimates no cycles.
   """
 
-  flops: float
+  flops: dict[str, float]
   memory: float
   memory_bandwidth: float
   ring_bandwidth: float
-  clock: float | None
+  clock: float | None = None
 
 
-# https://cloud.google.com/tpu/docs/v4, /v5e and /v6e, read in the versions of 2025 and 2026.
+def _tpu(flops: float, *rest: float | None) -> Chip:
+  return Chip({'float32': flops, 'bfloat16': flops}, *rest)
+
+
+# TPU: https://cloud.google.com/tpu/docs/v4, /v5e and /v6e, read in the versions of 2025 and 2026.
 # The ring: the all-reduce bandwidth of a pod over its chips (1.1 PB/s of 4096, 51.2 TB/s of 256,
 # 102.4 TB/s of 256) and over the axes of the torus (3, 2, 2), since a ring uses one of them.
 # The clock: `flops` over 2 * 128^2 for each matrix unit, eight in a v4 and four in a v5e.
+# H100: NVIDIA's data sheet of the SXM module, without sparsity; the ring is half of the 900 GB/s of
+# NVLink, which count both directions, inside a host of eight.
 CHIPS = {
-  'v4': Chip(275e12, 32 * 2**30, 1200e9, 1.1e15 / 4096 / 3, 275e12 / (8 * 2 * 128**2)),
-  'v5e': Chip(197e12, 16e9, 819e9, 51.2e12 / 256 / 2, 197e12 / (4 * 2 * 128**2)),
-  'v6e': Chip(918e12, 32e9, 1638e9, 102.4e12 / 256 / 2, None),
+  'v4': _tpu(275e12, 32 * 2**30, 1200e9, 1.1e15 / 4096 / 3, 275e12 / (8 * 2 * 128**2)),
+  'v5e': _tpu(197e12, 16e9, 819e9, 51.2e12 / 256 / 2, 197e12 / (4 * 2 * 128**2)),
+  'v6e': _tpu(918e12, 32e9, 1638e9, 102.4e12 / 256 / 2),
+  'h100': Chip({'float32': 494.5e12, 'bfloat16': 989e12}, 80e9, 3.35e12, 450e9),
 }
 
 
@@ -234,18 +243,22 @@ def argument_bytes(arguments: PyTree) -> int:
 
 
 def layouts() -> list[dict[str, Any]]:
-  """The bytes of the training state and the batch on each device, for some layouts of devices.
+  """The bytes of training state and batch on each device, for the layouts of `LAYOUTS`.
 
   Nothing is compiled, and the devices are made up, see `main`.
   """
   rows = []
-  for case, chips in ARGUMENTS:
-    config = configuration(case)
-    lay_out(config, jax.devices()[:chips])
-    state, images = train_program(config)[1]
-    row = {'config': case.config, 'chips': chips, **config.parallel, 'batch': case.batch}
-    row |= {'state_bytes': argument_bytes(state), 'batch_bytes': argument_bytes(images)}
-    rows.append(row)
+  for name, chosen in LAYOUTS.items():
+    config = configuration(Case(name, '', batch=jax.device_count()))
+    _, state = train_state.abstract_state(config)
+    for batch, chips, fsdp, spatial in chosen:
+      config.training.batch_size = batch
+      config.parallel.update(fsdp=fsdp, spatial=spatial)
+      lay_out(config, jax.devices()[:chips])
+      row = {'config': name, 'chips': chips, 'fsdp': fsdp, 'spatial': spatial, 'batch': batch}
+      row['state_bytes'] = argument_bytes(_placed(state))
+      row['batch_bytes'] = argument_bytes(_images(config, 'uint8'))
+      rows.append(row)
   return rows
 
 
@@ -266,6 +279,23 @@ def forward_passes(config: ConfigDict, program: str) -> int:
   return passes.get(program) or sampling.get_sampler(config, sde_lib.get_sde(config)).nfe_per_step
 
 
+def devices_of(topology: str) -> Sequence[jax.Device]:
+  """The devices of a topology, which compile and do not run: 'v5e:2x4', or 'h100:8' on one host."""
+  kind, _, shape = topology.partition(':')
+  if kind != 'h100':
+    return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  return topologies.get_topology_desc(
+    platform='cuda',
+    topology_name=kind,
+    target_config=(ROOT / 'benchmarks' / 'h100.txtpb').read_text(),
+    topology=f'1x1x{shape}',  # partitions x hosts x devices
+  ).devices
+
+
+# Without a GPU the fastest algorithm of a product or convolution cannot be found by trying them.
+_CUDA_OPTIONS = {'xla_gpu_autotune_level': 0, 'xla_gpu_enable_triton_gemm': False}
+
+
 def measure(case: Case, text_to: pathlib.Path | None = None) -> dict[str, Any]:
   """Compiles a case; returns a line of results.
 
@@ -278,9 +308,8 @@ def measure(case: Case, text_to: pathlib.Path | None = None) -> dict[str, Any]:
   config = configuration(case)
   analytic = forward_flops(config) * config.training.batch_size
   analytic *= forward_passes(config, case.program)
-  devices = topologies.get_topology_desc(platform='tpu', topology_name=case.topology).devices
-  lay_out(config, devices)
-  step, arguments, donated = PROGRAMS[case.program](config)
+  lay_out(config, devices_of(case.topology))
+  step, inputs, donated = PROGRAMS[case.program](config)
   mesh = parallelism.mesh()
   row = {
     **case.fields(),
@@ -290,15 +319,16 @@ def measure(case: Case, text_to: pathlib.Path | None = None) -> dict[str, Any]:
     'spatial': config.parallel.spatial,
     'dtype': config.model.get('dtype', 'float32'),
     'versions': versions(),
-    'argument_bytes_expected': argument_bytes(arguments),
+    'argument_bytes_expected': argument_bytes(inputs),
     'analytic_flops': analytic / mesh.size,
   }
   started = time.perf_counter()
-  lowered = jax.jit(step, donate_argnums=donated).lower(*arguments)
+  lowered = jax.jit(step, donate_argnums=donated).lower(*inputs)
   row['lower_seconds'] = round(time.perf_counter() - started, 1)
   started, used = time.perf_counter(), time.process_time()
   try:
-    compiled = lowered.compile()
+    options = _CUDA_OPTIONS if case.topology.startswith('h100') else None
+    compiled = lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as error:
     row['error'] = ' '.join(str(error).split())[:300]
   row['compile_seconds'] = round(time.perf_counter() - started, 1)
@@ -315,7 +345,11 @@ def measure(case: Case, text_to: pathlib.Path | None = None) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
   """The versions of the packages that decide about the result."""
-  return {name: importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu', 'flax')}
+  found = {}
+  for name in ('jax', 'jaxlib', 'libtpu', 'jax-cuda12-pjrt', 'flax'):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  return found
 
 
 def describe(compiled: jax.stages.Compiled, text: str, num_devices: int) -> dict[str, Any]:
@@ -349,7 +383,7 @@ def roofline(row: dict[str, Any], chip: Chip) -> dict[str, float | None]:
   """Milliseconds of a step by each of the limits of a chip, and by the compiler's own estimate."""
   cycles = row['estimated_cycles']
   times = {
-    'compute_ms': 1e3 * row['flops'] / chip.flops,
+    'compute_ms': 1e3 * row['analytic_flops'] / chip.flops[row['dtype']],
     'memory_ms': 1e3 * row['main_memory_bytes'] / chip.memory_bandwidth,
     'links_ms': 1e3 * row['sent_bytes'] / chip.ring_bandwidth,
   }
@@ -362,24 +396,33 @@ _CIFAR10, _FFHQ_256 = 've/cifar10_ncsnpp_continuous', 've/ffhq_256_ncsnpp_contin
 _FFHQ = 've/ffhq_ncsnpp_continuous'
 _BFLOAT16 = (('model.dtype', 'bfloat16'),)
 
+# Compiles in a minute, for the tests.
+SMALL = Case(
+  'vp/mnist_ddpmpp_continuous',
+  'v5e:2x2',
+  batch=32,
+  settings=(('model.nf', 8), ('model.num_res_blocks', 1), ('model.ch_mult', (1, 2))),
+  effort='O0',
+)
+
 # The rows of docs/scaling.md, the most important first.
 CASES = (Case(_CIFAR10, 'v5e:2x4', batch=128),)
 
 
-def _layout(config: str, batch: int, chips: int, fsdp: int, spatial: int) -> tuple[Case, int]:
-  settings = (('parallel.fsdp', fsdp), ('parallel.spatial', spatial))
-  return Case(config, f'{chips} devices', batch=batch, settings=settings), chips
-
-
-# The layouts whose bytes are recorded in tests/golden/argument_bytes.json.
-ARGUMENTS = (
-  *(_layout(_CIFAR10, 128, 8, fsdp, 1) for fsdp in (1, 2, 8)),
-  *(_layout(_CIFAR10, 1024, 64, fsdp, 1) for fsdp in (1, 8, 64)),
-  *(_layout(_FFHQ_256, 64, 8, fsdp, 1) for fsdp in (1, 8)),
-  *(_layout(_FFHQ_256, 64, 64, fsdp, 1) for fsdp in (1, 8, 64)),
-  *(_layout(_FFHQ, 8, 8, fsdp, 1) for fsdp in (1, 8)),
-  *(_layout(_FFHQ, 8, 64, fsdp, 8) for fsdp in (1, 8)),
-)
+# (batch, chips, fsdp, spatial) whose bytes are recorded in tests/golden/argument_bytes.json.
+LAYOUTS = {
+  _CIFAR10: [
+    *((128, 8, fsdp, 1) for fsdp in (1, 2, 8)),
+    *((1024, 64, fsdp, 1) for fsdp in (1, 8, 64)),
+    (4096, 256, 1, 1),
+  ],
+  _FFHQ_256: [
+    *((64, 8, fsdp, 1) for fsdp in (1, 8)),
+    *((64, 64, fsdp, 1) for fsdp in (1, 8, 64)),
+    (64, 256, 1, 4),
+  ],
+  _FFHQ: [*((8, 8, fsdp, 1) for fsdp in (1, 8)), *((8, 64, fsdp, 8) for fsdp in (1, 8))],
+}
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -387,23 +430,22 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def is_done(case: Case, rows: list[dict[str, Any]]) -> bool:
-  """Whether one of the results is that of the case."""
+def find(case: Case, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+  """The result of a case; None if it is not there."""
   wanted = json.loads(json.dumps(case.fields()))
-  return any(all(row[name] == value for name, value in wanted.items()) for row in rows)
+  same = lambda row: all(row[name] == value for name, value in wanted.items())
+  return next((row for row in rows if same(row)), None)
 
 
-def _command(case: Case) -> list[str]:
-  """The command that compiles a case in a process of its own, which returns its memory."""
+def arguments(case: Case) -> list[str]:
+  """The arguments of the command that compiles a case."""
   return [
-    *(sys.executable, '-m', 'benchmarks.topology'),
     f'--config=configs/{case.config}.py',
     f'--topology={case.topology}',
     f'--program={case.program}',
     f'--batch={case.batch}',
     f'--effort={case.effort}',
-    *(f'--set={name}={value}' for name, value in case.settings),
-    f'--out={_OUT.value}',
+    *(f'--set={name}={json.dumps(value)}' for name, value in case.settings),
   ]
 
 
@@ -429,7 +471,7 @@ def main(argv: list[str]) -> None:
   """Compiles one case, or those of the table, one after the other."""
   del argv
   if _ARGUMENTS.value:
-    _start_jax(max(chips for _, chips in ARGUMENTS))
+    _start_jax(max(chips for chosen in LAYOUTS.values() for _, chips, *_ in chosen))
     print(
       json.dumps(
         {'command': 'python -m benchmarks.topology --arguments', 'rows': layouts()}, indent=1
@@ -439,15 +481,16 @@ def main(argv: list[str]) -> None:
   out = pathlib.Path(_OUT.value)
   if _TABLE.value:
     for case in CASES:
-      if not is_done(case, read(out)):
-        subprocess.run(_command(case), cwd=ROOT, check=False)
+      if not find(case, read(out)):  # a process for each, which returns its memory
+        command = [sys.executable, '-m', 'benchmarks.topology', *arguments(case), f'--out={out}']
+        subprocess.run(command, cwd=ROOT, check=False)
     return
   _start_jax()
   name = _CONFIG.value.removeprefix('configs/').removesuffix('.py')
   settings = tuple(_parse(setting) for setting in _SET.value)
   batch = _BATCH.value or _load(name).training.batch_size
   case = Case(name, _TOPOLOGY.value, _PROGRAM.value, batch, settings, _EFFORT.value)
-  if is_done(case, read(out)):
+  if find(case, read(out)):
     print(f'{out} has this row.')
     return
   jax.config.update('jax_optimization_level', case.effort)
