@@ -416,6 +416,7 @@ def _v5e(config: str, batch: int, *settings: tuple[str, Any], **changes: Any) ->
 # in a minute or two what the default takes more than ten for.
 CASES = (
   SMALL,
+  dataclasses.replace(SMALL, effort='O2'),
   _v5e(_CIFAR10, 128),
   _v5e(_CIFAR10, 1024, topology='v5e:8x8'),
   _v5e(_CIFAR10, 128, _BFLOAT16),
@@ -428,7 +429,7 @@ CASES = (
   _v5e(_CIFAR10, 128, ('parallel.fsdp', 8)),
   _v5e(_FFHQ_256, 64, _BFLOAT16),
   _v5e(_CIFAR10, 4096, topology='v5e:16x16'),
-  _v5e(_FFHQ, 8, ('parallel.spatial', 8), topology='v5e:8x8'),
+  _v5e(_FFHQ, 16, ('parallel.spatial', 4), topology='v5e:8x8'),
   _v5e(_CIFAR10, 128, program='sampler', effort='O2'),
   _v5e(_CIFAR10, 128, topology='v4:2x2x2'),
   _v5e(_CIFAR10, 128, topology='v6e:2x4'),

@@ -26,7 +26,7 @@ def _name(row: Row) -> str:
     for name, value in row['settings'].items()
     if name not in _SHOWN_ELSEWHERE
   ]
-  short = row['config'].split('/')[-1].removesuffix('_ncsnpp_continuous')
+  short = row['config'].split('/')[-1].removesuffix('_continuous').removesuffix('_ncsnpp')
   return ', '.join([short, *changed])
 
 
@@ -63,7 +63,7 @@ def _of_memory(row: Row) -> list[str]:
   if 'error' in row:
     return [*_what(row), '', '', row['error'][:90], '', '', _minutes(row)]
   collectives = ', '.join(
-    f'{kind} {row["collective_bytes"][kind] / 1e6:.3g} MB in {count}'
+    f'{kind} {_size(row["collective_bytes"][kind])} in {count}'
     for kind, count in row['collective_counts'].items()
   )
   layout = row['layout_changes']
@@ -73,9 +73,14 @@ def _of_memory(row: Row) -> list[str]:
     f'{row["temporary_bytes"] / 1e9:.3f}',
     f'{total_bytes(row) / chip.memory:.0%}',
     collectives or 'none',
-    f'{layout["at_convolutions"]} of {layout["count"]}, {layout["bytes"] / 1e9:.2f} GB',
+    f'{layout["at_convolutions"]} of {layout["count"]}, {_size(layout["bytes"])}',
     _minutes(row),
   ]
+
+
+def _size(count: int) -> str:
+  """A number of bytes."""
+  return f'{count / 1e6:.3g} MB' if count >= 1e5 else f'{count} bytes'
 
 
 def _minutes(row: Row) -> str:
@@ -107,9 +112,7 @@ def _scaling(rows: list[Row]) -> Iterator[list[str]]:
     first = group[0]
     if len(group) == 1:
       continue
-    apart = lambda row: (
-      max(row['roofline']['compute_ms'], row['roofline']['memory_ms']) + row['roofline']['links_ms']
-    )
+    apart = lambda row: row['roofline']['compute_ms'] + row['roofline']['links_ms']
     for row in group:
       yield [
         *_what(row),
