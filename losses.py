@@ -89,8 +89,7 @@ class Objective:
   ) -> tuple[Scalar, PyTree]:
     """The loss of a batch and the new states."""
     examples, dropout_rng = self.perturb(rng, batch['image'])
-    losses_of = parallelism.keep_split(self.losses_of)
-    losses, new_states = losses_of(params, states, examples, dropout_rng)
+    losses, new_states = self.losses_of(params, states, examples, dropout_rng)
     return _batch_mean(losses, batch), new_states
 
   def value_and_grad(
@@ -110,7 +109,7 @@ class Objective:
     parts = jax.tree.map(split, examples)
 
     def mean_loss(params, states, part, rng):
-      losses, new_states = parallelism.keep_split(self.losses_of)(params, states, part, rng)
+      losses, new_states = self.losses_of(params, states, part, rng)
       return jnp.mean(losses), new_states
 
     def add(carry, numbered):

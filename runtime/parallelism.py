@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import linear_call
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -30,7 +29,6 @@ _Global = Shaped[jax.Array, '*dims']
 _Host = Shaped[np.ndarray, '*dims']
 
 BATCH_AXES = ('data', 'fsdp')
-_GATHERED = 'gathered parameters'  # their name for rematerialization
 # Smaller arrays, such as biases, stay whole: gathering them would cost more than it saves.
 _SMALLEST_SPLIT = 2**12
 
@@ -129,15 +127,7 @@ def gather_parameters(params: PyTree) -> PyTree:
   """Inside jit: the whole of parameters that are split over `fsdp`; gradients are split again."""
   if mesh().shape['fsdp'] == 1:
     return params
-  return jax.tree.map(lambda x: checkpoint_name(_gather_parameter(x), _GATHERED), params)
-
-
-def keep_split(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-  """The function, whose gradient gathers parameters again instead of keeping them whole."""
-  if mesh().shape['fsdp'] == 1:
-    return function
-  policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
-  return jax.checkpoint(function, policy=policy)
+  return jax.tree.map(_gather_parameter, params)
 
 
 def _gather_parameter(x: _Array) -> _Array:
