@@ -36,6 +36,9 @@ class Peers:
     index: the number of this process.
     count: the number of processes.
     host: the name or address of the first process's machine.
+
+  Raises:
+    OSError: if the processes cannot reach each other.
   """
 
   def __init__(self, index: int, count: int, host: str):
@@ -44,7 +47,11 @@ class Peers:
     self._left = False
     self._sockets: dict[int, socket.socket] = {}
     self._heard: dict[int, float] = {}
-    self._connect(count, host)
+    try:
+      self._connect(count, host)
+    except OSError:
+      self.leave()  # else those that are connected would take this process for lost
+      raise
     for peer in self._sockets:
       self._heard[peer] = time.monotonic()
     threading.Thread(target=self._watch, name='peers', daemon=True).start()
