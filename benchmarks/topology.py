@@ -431,7 +431,6 @@ CASES = (
   _v5e(_CIFAR10, 4096, topology='v5e:16x16'),
   _v5e(_FFHQ, 16, ('parallel.spatial', 4), topology='v5e:8x8'),
   _v5e(_CIFAR10, 128, program='sampler', effort='O2'),
-  _v5e(_CIFAR10, 128, topology='v4:2x2x2'),
   _v5e(_CIFAR10, 128, topology='v6e:2x4'),
   _v5e(_CIFAR10, 128, effort='O2'),
   _v5e(_FFHQ_256, 64, _BFLOAT16, topology='v5e:8x8'),
