@@ -6,7 +6,6 @@ or its machine stops, upon which all others end with one sentence.
 """
 
 import contextlib
-import logging as python_logging
 import os
 import secrets
 import selectors
@@ -111,13 +110,16 @@ class Peers:
     self._lost.set()
     self._send(b'x%d;' % peer)
     logging.get_absl_handler().flush()
-    python_logging.disable(python_logging.CRITICAL)
-    sys.stderr.write(
+    sys.stderr.flush()
+    # The threads of JAX, which notice too, may be in the middle of a line: they write no more.
+    stderr = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sentence = (
       f'LostProcess: process {peer} of this run {what}, so process {self._index} stops: see the '
       f'output of that process for the reason, then rerun the same commands, which resume from the '
-      f'last checkpoint.\n'
+      f'last checkpoint.'
     )
-    sys.stderr.flush()
+    os.write(stderr, f'\n{sentence}\n'.encode())
     os._exit(LOST)  # whatever threads still wait for that process
 
   def leave(self) -> None:
