@@ -134,7 +134,6 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}: all arguments are flags.')
   # Imported here so that --help and a misspelt flag are answered at once.
-
   import run_lib
   from runtime.errors import UserError
 

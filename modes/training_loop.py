@@ -99,20 +99,19 @@ def train_loop(
   ):
     if _is_snapshot(step, last, training.snapshot_freq):
       at_snapshot(state, metrics)  # if the process was killed after the checkpoint, before this
-    unchecked, logged = [], step
+    unchecked = []
 
     def fetch() -> None:
       """Waits for the losses so far, and logs the one of the last step that is to be logged."""
-      nonlocal unchecked, logged
+      nonlocal unchecked
       if not unchecked:
         return
       last_step, losses = unchecked[-1][0], [values for _, values in unchecked]
       loss = _check_finite(losses, last_step, run)
       unchecked = []
-      if last_step % training.log_freq == 0 and last_step > logged:
+      if last_step % training.log_freq == 0:
         metrics.scalar('training_loss', loss, last_step)
         progress.set_postfix(loss=f'{loss:.4g}')
-        logged = last_step
 
     while step < last:
       group = [next(batches) for _ in range(training.n_jitted_steps)]

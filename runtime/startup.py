@@ -1,5 +1,6 @@
 """Settings that must be made before JAX starts; main.py and the benchmarks share them."""
 
+import math
 import os
 import pathlib
 import platform
@@ -148,7 +149,10 @@ def _cpu_devices(config: ConfigDict) -> int:
   if not all(isinstance(size, int) for size in sizes):
     return 1  # the configuration is refused later, with a sentence
   parallel = config.get('parallel', {})
-  together = parallel.get('fsdp', 1) * parallel.get('spatial', 1)
+  layout = [parallel.get(axis, 1) for axis in ('fsdp', 'spatial')]
+  if not all(isinstance(size, int) and size > 0 for size in layout):
+    return 1  # refused later as well
+  together = math.prod(layout)
   most = max(min(available_cores(), 4), together)
   fitting = [n for n in range(together, most + 1, together) if not any(size % n for size in sizes)]
   return max(fitting, default=together)

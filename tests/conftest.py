@@ -9,8 +9,8 @@ from runtime import startup
 from tests import typechecking
 
 # Many tests compile the same small programs; those of the command line inherit both settings.
-startup.keep_compiled_programs()
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+startup.keep_compiled_programs()
 
 # Every call of these modules is checked against its annotations, shapes of arrays with them.
 TYPED = (
