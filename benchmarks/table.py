@@ -13,6 +13,7 @@ import pathlib
 import sys
 
 import jax
+from ml_collections import ConfigDict
 
 from models import utils
 
@@ -27,14 +28,24 @@ def names() -> list[str]:
 
 def measure(name: str) -> tuple[float, float]:
   """Millions of parameters, and GFLOP per image, of the network of a configuration."""
-  config = importlib.import_module('configs.' + name.replace('/', '.')).get_config()
+  parameters, flop = count(load(name))
+  return parameters / 1e6, flop / 1e9
+
+
+def load(name: str) -> ConfigDict:
+  """The configuration of a name of `names`."""
+  return importlib.import_module('configs.' + name.replace('/', '.')).get_config()
+
+
+def count(config: ConfigDict) -> tuple[int, float]:
+  """The parameters of the configured network, and its operations for one image."""
   model, states, params = utils.abstract_model(config)
   size = config.data.image_size
   image = jax.ShapeDtypeStruct((1, size, size, config.data.num_channels), 'float32')
   labels = jax.ShapeDtypeStruct((1,), 'float32')
   forward = jax.jit(lambda p, x, t: utils.get_model_fn(model, p, states)(x, t)[0])
   flop = forward.lower(params, image, labels).cost_analysis()['flops']
-  return sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6, flop / 1e9
+  return sum(leaf.size for leaf in jax.tree.leaves(params)), flop
 
 
 def main(paths: list[str]) -> None:

@@ -7,7 +7,7 @@ Each compilation appends one JSON line to `--out`: bytes on each device, floatin
 collectives, changes of layout, and a roofline. Nothing runs: a program is lowered from shapes and
 compiled for the devices that the topology names, such as v4:2x2x1 or v6e:2x4. It needs libtpu
 (`pip install -U "jax[tpu]"`), a CPU, and minutes or hours. A row that `--out` already has is
-skipped, so a run that was stopped goes on where it was.
+skipped, so the same command resumes a run that was stopped.
 
 The programs are one step of `--mode=train`, one step of the configured sampler, and one evaluation
 of the drift with its divergence, of which a likelihood takes some hundreds.
@@ -15,7 +15,6 @@ of the drift with its divergence, of which a likelihood takes some hundreds.
 
 import contextlib
 import dataclasses
-import importlib
 import importlib.metadata
 import json
 import math
@@ -39,8 +38,9 @@ import losses
 import sampling
 import sde_lib
 import train_state
-from benchmarks import hlo
+from benchmarks import hlo, table
 from models import utils as mutils
+from modes import train as train_mode
 from modes.preparation import prepare
 from runtime import parallelism
 from runtime.rng import stream
@@ -126,13 +126,9 @@ class Case:
     return {**dataclasses.asdict(self), 'settings': dict(self.settings)}
 
 
-def _load(name: str) -> ConfigDict:
-  return importlib.import_module('configs.' + name.replace('/', '.')).get_config()
-
-
 def configuration(case: Case) -> ConfigDict:
   """The complete configuration of a case."""
-  config = _load(case.config)
+  config = table.load(case.config)
   config.training.batch_size = jax.device_count()  # what fits the devices of this machine
   config = prepare(config)
   with config.unlocked():
@@ -168,12 +164,10 @@ def train_program(config: ConfigDict) -> Program:
   model, state = train_state.abstract_state(config)
   step_fn = losses.build_step_fn(config, sde_lib.get_sde(config), model, train=True)
   preprocess = datasets.get_preprocess_fn(config, config.data.uniform_dequantization)
-  rng = stream(config.seed, 'train')
+  one_step = train_mode.train_step_of(step_fn, preprocess, stream(config.seed, 'train'))
 
   def step(state: PyTree, images: jax.Array) -> PyTree:
-    data_rng, step_rng = jax.random.split(jax.random.fold_in(rng, state.step))
-    batch = {'image': preprocess(data_rng, parallelism.shard_batch(images))}
-    (_, state), loss = step_fn((step_rng, state), batch)
+    state, loss = one_step(state, {'image': images}, None)
     return parallelism.split_parameters(state), loss
 
   return step, (_placed(state), _images(config, 'uint8')), (0,)
@@ -219,10 +213,9 @@ def likelihood_program(config: ConfigDict) -> Program:
   def evaluate(network: PyTree, x: jax.Array, t: jax.Array, probe: jax.Array) -> PyTree:
     x, probe = parallelism.shard_batch(x), parallelism.shard_batch(probe)
     score_fn = mutils.get_score_fn(sde, model, *network, False, config.training.continuous)
-    flow = sde.reverse(score_fn, probability_flow=True)
-    times = jnp.full((x.shape[0],), t)
     divergence = likelihood.hutchinson_divergence(probe[None])
-    return divergence(lambda x: flow.sde(x, times)[0], x)
+    drift = likelihood.Likelihood(sde).augmented_drift(score_fn, divergence)
+    return drift(t, (x, jnp.zeros(x.shape[0])))
 
   image = _images(config, 'float32')
   time = jax.ShapeDtypeStruct((), 'float32', sharding=parallelism.replicated())
@@ -262,17 +255,6 @@ def layouts() -> list[dict[str, Any]]:
   return rows
 
 
-def forward_flops(config: ConfigDict) -> float:
-  """The floating point operations of the network for one image, before optimization."""
-  model, states, params = mutils.abstract_model(config)
-  size = config.data.image_size
-  image = jax.ShapeDtypeStruct((1, size, size, config.data.num_channels), 'float32')
-  labels = jax.ShapeDtypeStruct((1,), 'float32')
-  parallelism.lay_out(devices=jax.devices()[:1])
-  forward = jax.jit(lambda p, x, t: mutils.get_model_fn(model, p, states)(x, t)[0])
-  return forward.lower(params, image, labels).cost_analysis()['flops']
-
-
 def forward_passes(config: ConfigDict, program: str) -> int:
   """How many forward passes a program costs: a gradient counts as two, a derivative as one."""
   passes = {'train': 3, 'likelihood': 2}
@@ -306,7 +288,9 @@ def measure(case: Case, text_to: pathlib.Path | None = None) -> dict[str, Any]:
     text_to: a file for the text of the compiled program; None writes none.
   """
   config = configuration(case)
-  analytic = forward_flops(config) * config.training.batch_size
+  parallelism.lay_out(devices=jax.devices()[:1])
+  _, flop_per_image = table.count(config)
+  analytic = flop_per_image * config.training.batch_size
   analytic *= forward_passes(config, case.program)
   lay_out(config, devices_of(case.topology))
   step, inputs, donated = PROGRAMS[case.program](config)
@@ -515,7 +499,7 @@ def main(argv: list[str]) -> None:
   _start_jax()
   name = _CONFIG.value.removeprefix('configs/').removesuffix('.py')
   settings = tuple(_parse(setting) for setting in _SET.value)
-  batch = _BATCH.value or _load(name).training.batch_size
+  batch = _BATCH.value or table.load(name).training.batch_size
   case = Case(name, _TOPOLOGY.value, _PROGRAM.value, batch, settings, _EFFORT.value)
   if find(case, read(out)):
     print(f'{out} has this row.')

@@ -96,6 +96,13 @@ def compile_train_step(
     table: see `datasets.Dataset.table`.
     fused: see `training_loop.compile_steps`.
   """
+  return compile_steps(train_step_of(step_fn, preprocess, rng), table, fused)
+
+
+def train_step_of(
+  step_fn: StepFn, preprocess: datasets.Preprocess, rng: RandomKey
+) -> Callable[[State, datasets.Inputs, datasets.Table], tuple[State, Scalar]]:
+  """The step that `compile_train_step` compiles, `(state, inputs, table) -> (state, loss)`."""
 
   def one_step(
     state: State, inputs: datasets.Inputs, table: datasets.Table
@@ -106,7 +113,7 @@ def compile_train_step(
     (_, state), loss = step_fn((step_rng, state), batch)
     return state, loss
 
-  return compile_steps(one_step, table, fused)
+  return one_step
 
 
 def compile_eval_step(

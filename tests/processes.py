@@ -82,6 +82,15 @@ def start_together(workdir, *overrides, count=2, devices=1, **kwargs):
   ]
 
 
+def finish_together(group):
+  """Waits for the processes of one run; none survives a failure of another."""
+  try:
+    return [finish(process) for process in group]
+  finally:
+    for process in group:
+      process.kill()
+
+
 def wait_for(condition, process, seconds=120):
   """Polls, without sleeping long, until `condition` holds or the process ends."""
   deadline = time.monotonic() + seconds

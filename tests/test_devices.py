@@ -9,8 +9,9 @@ import pytest
 
 from tests.processes import (
   ROOT,
+  command,
   environment,
-  finish,
+  finish_together,
   history,
   run,
   samples,
@@ -56,13 +57,7 @@ def test_devices_and_their_layout_change_no_number(one_device, tmp_path, devices
 @pytest.mark.slow
 @pytest.mark.parametrize('layout', [(), ('--config.parallel.fsdp=8',)], ids=['whole', 'fsdp'])
 def test_two_processes_of_four_devices_change_no_number(one_device, tmp_path, layout):
-  group = start_together(tmp_path, *WIDE, *layout, devices=4)
-  try:
-    for process in group:
-      finish(process)
-  finally:
-    for process in group:
-      process.kill()
+  finish_together(start_together(tmp_path, *WIDE, *layout, devices=4))
   assert_same(tmp_path, one_device)
 
 
@@ -77,59 +72,44 @@ def test_a_run_moves_from_one_mesh_to_another(one_device, tmp_path):
 
 MEMORY = """
 import jax
-import numpy as np
-import losses, sde_lib, train_state
-from configs.vp import mnist_ddpmpp_continuous
-from modes.preparation import prepare
-from runtime import parallelism
+from benchmarks import topology
 
-def bytes_of(fsdp):
-  config = mnist_ddpmpp_continuous.get_config()
-  config.model.nf, config.model.num_res_blocks = 64, 1
-  config.training.batch_size = config.sampling.batch_size = 8
-  config.parallel.fsdp = fsdp
-  config = prepare(config)
-  model, state = train_state.abstract_state(config)
-  place = lambda x: jax.ShapeDtypeStruct(
-    x.shape, x.dtype, sharding=parallelism.parameter_sharding(x)
-  )
-  state = jax.tree.map(place, state)
-  step_fn = losses.build_step_fn(config, sde_lib.get_sde(config), model, train=True)
+def step_of(fsdp):
+  settings = (('model.nf', 64), ('model.num_res_blocks', 1), ('parallel.fsdp', fsdp))
+  case = topology.Case('vp/mnist_ddpmpp_continuous', '', batch=8, settings=settings)
+  config = topology.configuration(case)
+  topology.lay_out(config, jax.devices())
+  step, arguments, donated = topology.train_program(config)
+  compiled = jax.jit(step, donate_argnums=donated).lower(*arguments).compile()
+  size = compiled.memory_analysis().argument_size_in_bytes
+  return size, compiled.as_text().count(' all-gather(')
 
-  def step(state, image):
-    (_, state), loss = step_fn((jax.random.PRNGKey(0), state), {'image': image})
-    return parallelism.split_parameters(state), loss
-
-  image = jax.ShapeDtypeStruct((8, 28, 28, 1), 'float32', sharding=parallelism.batch_sharding())
-  compiled = jax.jit(step, donate_argnums=0).lower(state, image).compile()
-  text = compiled.as_text()
-  memory = compiled.memory_analysis()
-  return memory.argument_size_in_bytes, memory.temp_size_in_bytes, text.count(' all-gather(')
-
-(whole, whole_temp, no_gathers), (split, split_temp, gathers) = bytes_of(1), bytes_of(8)
-print(whole, split, whole_temp, split_temp, no_gathers, gathers)
-assert split < 0.14 * whole, 'state per device'
-assert no_gathers == 0 and gathers > 20
+(whole, no_gathers), (split, gathers) = step_of(1), step_of(8)
+assert split < 0.14 * whole, (split, whole)
+assert no_gathers == 0 and gathers > 20, (no_gathers, gathers)
 """
 
 
 @pytest.mark.slow
 def test_fsdp_leaves_an_eighth_of_the_state_on_each_of_eight_devices():
-  command = [sys.executable, '-c', MEMORY]
-  result = subprocess.run(command, cwd=ROOT, env=environment(8), capture_output=True, text=True)
+  result = subprocess.run(
+    [sys.executable, '-c', MEMORY],
+    cwd=ROOT,
+    env=environment(8),
+    capture_output=True,
+    text=True,
+  )
   assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_an_impossible_layout_is_refused_in_a_sentence(tmp_path):
-  command = [
-    sys.executable,
-    'main.py',
-    '--mode=train',
-    '--config=tests/tiny_config.py',
-    f'--workdir={tmp_path}',
-    '--config.parallel.fsdp=3',
-  ]
-  result = subprocess.run(command, cwd=ROOT, env=environment(4), capture_output=True, text=True)
+  result = subprocess.run(
+    command(tmp_path, '--config.parallel.fsdp=3'),
+    cwd=ROOT,
+    env=environment(4),
+    capture_output=True,
+    text=True,
+  )
   assert result.returncode == 1
   assert (
     result.stderr.splitlines()[-1]
@@ -156,8 +136,8 @@ def test_a_killed_process_ends_the_other_with_a_sentence_and_both_resume(
   assert group[1 - lost].returncode == 75
   assert output.splitlines()[-1].startswith(f'LostProcess: process {lost} of this run is gone, so ')
   assert 'Traceback' not in output
-  for process in start_together(tmp_path, *WIDE, devices=2):
-    assert 'Resuming from' in finish(process)
+  for output in finish_together(start_together(tmp_path, *WIDE, devices=2)):
+    assert 'Resuming from' in output
   assert_same(tmp_path, one_device)
 
 
@@ -178,8 +158,7 @@ def test_processes_find_each_other_under_slurm(tmp_path, monkeypatch):
   for index in range(2):
     monkeypatch.setenv('SLURM_PROCID', str(index))
     group.append(start(tmp_path, '--config.training.n_iters=5', '--coordinator=auto'))
-  for process in group:
-    output = finish(process)
+  for output in finish_together(group):
     assert '2 x cpu in 2 processes' in output
     assert 'is a run of its own' not in output
 
@@ -189,3 +168,13 @@ def test_separate_runs_of_a_launcher_are_told_so(tmp_path, monkeypatch):
   monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '2')
   output = run(tmp_path, '--config.training.n_iters=5')
   assert 'SLURM_STEP_NUM_TASKS=2, but --coordinator is not set: each process is a run' in output
+
+
+@pytest.mark.parametrize('fsdp', [0, -1])
+def test_a_layout_that_splits_nothing_is_refused_in_a_sentence(tmp_path, fsdp, monkeypatch):
+  monkeypatch.delenv('XLA_FLAGS', raising=False)  # so that the program counts the devices itself
+  override = f'--config.parallel.fsdp={fsdp}'
+  result = subprocess.run(command(tmp_path, override), cwd=ROOT, capture_output=True, text=True)
+  assert result.returncode == 1
+  expected = f'UserError: parallel.fsdp={fsdp} must be at least 1, which splits nothing.'
+  assert result.stderr.splitlines()[-1] == expected

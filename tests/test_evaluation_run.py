@@ -7,7 +7,6 @@ which has imported JAX and the network before. The data are few pictures of a fo
 import json
 import random
 import shutil
-import socket
 import threading
 import time
 
@@ -33,7 +32,7 @@ from runtime.checkpoints import CheckpointDirectory, CheckpointReader
 from runtime.errors import UserError
 from runtime.rng import stream
 from tests import tiny_config
-from tests.processes import finish, run, start, wait_for
+from tests.processes import finish_together, run, start, start_together, wait_for
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -283,20 +282,7 @@ def assert_close_evaluation(folder, reference):
 
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_give_the_report_of_one(trained, uninterrupted, workdir):
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    port = probe.getsockname()[1]
-  options = (f'--coordinator=127.0.0.1:{port}', '--num_processes=2')
-  group = [
-    start(workdir, *flags(ALL | stats(trained)), *options, f'--process_id={i}', mode='eval')
-    for i in range(2)
-  ]
-  try:
-    for process in group:
-      finish(process)
-  finally:
-    for process in group:
-      process.kill()
+  finish_together(start_together(workdir, *flags(ALL | stats(trained)), mode='eval'))
   assert_close_evaluation(workdir / 'eval', uninterrupted)
 
 
