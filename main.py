@@ -2,13 +2,16 @@
 
 import logging as python_logging
 import os
+import signal
 import sys
 import traceback
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from runtime import configuration, startup
+from configs.defaults import get_default_configs
+from runtime import completion, configuration, startup
 from runtime.errors import UserError
 
 try:
@@ -76,6 +79,21 @@ _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Number of processe
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
 
 
+_COMPLETION = flags.DEFINE_enum(
+  'completion',
+  None,
+  [*completion.SCRIPTS, 'keys'],
+  'Print the script with which a shell completes the flags of this program, to be loaded by '
+  'eval "$(python main.py --completion=bash)"; or the keys of --config.',
+)
+_DRY_RUN = flags.DEFINE_bool(
+  'dry_run',
+  False,
+  'Only check the configuration and print it, what the command line changed in it, the devices, '
+  'the size of the network and its floating point operations. Nothing is written or compiled.',
+)
+
+
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses the command line; a mistake that `ml_collections` reports by traceback is a sentence."""
   path, argument, given = '', '', {}
@@ -84,9 +102,22 @@ def parse_flags(argv: list[str]) -> list[str]:
     path, _, argument = given.get('config', '').partition(':')
     if path and not os.path.isfile(path):
       sys.exit(f'--config={path} does not exist: name a file such as those in configs/vp/.')
+    if wanted := given.get('completion'):
+      _complete(wanted, path, argument)
     return flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, TypeError) as error:
     sys.exit(_explain(path, argument, given) or f'{error} (main.py --help lists the flags.)')
+
+
+def _complete(wanted: str, path: str, argument: str) -> None:
+  """Prints what `--completion` asks for, and ends the program; the flag refuses other values."""
+  if wanted == 'keys':
+    config = configuration.read_file(path, argument) if path else get_default_configs()
+    print('\n'.join(f'--config.{name}=' for name in configuration.flatten(config)))
+    sys.exit()
+  if wanted in completion.SCRIPTS:
+    print(completion.script(wanted, flags.FLAGS.get_key_flags_for_module(sys.argv[0])))
+    sys.exit()
 
 
 def _given(arguments: list[str]) -> dict[str, str]:
@@ -132,7 +163,9 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}: all arguments are flags.')
   # Imported here so that --help and a misspelt flag are answered at once.
   import run_lib
+  from runtime.preemption import to_resume
 
+  signal.signal(signal.SIGTERM, _interrupt)
   config, workdir, checkpoint = _CONFIG.value, _WORKDIR.value, _CHECKPOINT.value
   modes = {
     'train': lambda: run_lib.train(config, workdir),
@@ -147,6 +180,7 @@ def main(argv: list[str]) -> None:
       config, workdir, checkpoint=checkpoint, number=_CHECKPOINT_NUMBER.value
     ),
   }
+  run = lambda: print(_dry_run()) if _DRY_RUN.value else modes[_MODE.value]()
   peers = None
   try:
     peers = startup.start_jax(
@@ -155,7 +189,12 @@ def main(argv: list[str]) -> None:
       num_processes=_NUM_PROCESSES.value,
       process_id=_PROCESS_ID.value,
     )
-    modes[_MODE.value]()
+    run()
+  except KeyboardInterrupt as stop:
+    _say_last(f'Stopped by a signal; the files written before are intact. {to_resume()}')
+    if peers:
+      peers.fail()
+    sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
   except Exception as error:
     ours = isinstance(error, UserError | FloatingPointError)
     sentence = f'{type(error).__name__}: {error}' if ours else _sentence(error)
@@ -169,6 +208,27 @@ def main(argv: list[str]) -> None:
     sys.exit(1)
   if peers:
     peers.leave()
+
+
+def _dry_run() -> str:
+  """The text of `--dry_run`."""
+  import run_lib
+
+  given = _given(flags.FLAGS.read_flags_from_files(sys.argv[1:]))
+  path, _, argument = given['config'].partition(':')
+  return run_lib.dry_run(
+    _CONFIG.value,
+    _WORKDIR.value or '',
+    mode=_MODE.value,
+    written=configuration.read_file(path, argument),
+    eval_folder=_EVAL_FOLDER.value,
+    checkpoint=_CHECKPOINT.value,
+    number=_CHECKPOINT_NUMBER.value,
+  )
+
+
+def _interrupt(number: int, frame: Any) -> None:
+  raise KeyboardInterrupt(number)
 
 
 def _sentence(error: Exception) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from modes import convert
+from modes import dry_run as dry_run_mode
 from modes import evaluate as evaluate_mode
 from modes import inspect_data as inspect_mode
 from modes import prepare_data as prepare_data_mode
@@ -20,6 +21,7 @@ from train_state import State
 
 __all__ = [
   'NonFiniteLoss',
+  'dry_run',
   'evaluate',
   'export_checkpoint',
   'import_checkpoint',
@@ -161,6 +163,42 @@ def train_classifier(config: ConfigDict, workdir: str | pathlib.Path) -> None:
     NonFiniteLoss: the loss is NaN or infinite.
   """
   classifier_mode.train_classifier(*_start(config, workdir))
+
+
+def dry_run(
+  config: ConfigDict,
+  workdir: str | pathlib.Path = '',
+  *,
+  mode: str = 'train',
+  written: ConfigDict | None = None,
+  eval_folder: str = 'eval',
+  checkpoint: str | None = None,
+  number: int | None = None,
+) -> str:
+  """What a mode would do, without writing or compiling anything.
+
+  Args:
+    config: the configuration.
+    workdir: the directory of the run.
+    mode: the name of the mode, as of `--mode`.
+    written: the configuration as its file has it, with which `config` is compared.
+    eval_folder: as of `evaluate`.
+    checkpoint: as of `import_checkpoint` and `export_checkpoint`.
+    number: the number of the checkpoint that the mode uses.
+
+  Returns:
+    A text: the complete configuration, what differs from the file, the devices, the number of
+    parameters, the floating point operations and the memory of the training state.
+
+  Raises:
+    UserError: as the mode itself, except for what it would find in the data.
+  """
+  given = config.copy_and_resolve_references()
+  config, workdir = _start(config, workdir)
+  request = dry_run_mode.Request(
+    mode, workdir, given if written is None else written, eval_folder, checkpoint, number
+  )
+  return dry_run_mode.describe(config, request, given)
 
 
 def import_checkpoint(

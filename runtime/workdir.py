@@ -298,15 +298,28 @@ def load_state(workdir: pathlib.Path, like: PyTree, number: int | None = None) -
   Raises:
     UserError: if the state does not exist, is damaged or does not fit the configuration.
   """
-  snapshots, latest = (CheckpointReader(workdir / name) for name in checkpoints.DIRECTORIES)
-  if number is None:
-    state = checkpoints.restore_newest([latest, snapshots], like)
-    if state is None:
-      raise UserError(f'--workdir={workdir} holds no checkpoint: train there first, or import.')
-    return state
-  if number not in snapshots.numbers():
+  check_state(workdir, number)
+  snapshots, latest = _readers(workdir)
+  if number is not None:
+    return checkpoints.restore(snapshots, number, like)
+  return checkpoints.restore_newest([latest, snapshots], like)
+
+
+def check_state(workdir: pathlib.Path, number: int | None = None) -> None:
+  """Checks that a run has the saved state of this number, or any; the arguments are `load_state`'s.
+
+  Raises:
+    UserError: if it has not.
+  """
+  snapshots, latest = _readers(workdir)
+  if number is None and not snapshots.numbers() and not latest.numbers():
+    raise UserError(f'--workdir={workdir} holds no checkpoint: train there first, or import.')
+  if number is not None and number not in snapshots.numbers():
     raise UserError(
       f'--checkpoint_number={number} is not in {workdir}/checkpoints: it has '
       f'{snapshots.numbers()}; choose one of these.'
     )
-  return checkpoints.restore(snapshots, number, like)
+
+
+def _readers(workdir: pathlib.Path) -> list[CheckpointReader]:
+  return [CheckpointReader(workdir / name) for name in checkpoints.DIRECTORIES]

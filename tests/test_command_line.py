@@ -54,7 +54,7 @@ MISTAKES = {
   'a configuration that does not exist': (['--config', 'nothing.py'], 'nothing.py does not exist'),
   'a configuration without its argument': (
     ['--config=tests/argument_config.py'],
-    "missing 1 required positional argument: 'which'; set --config=",
+    "missing 1 required positional argument: 'which'; write tests/argument_config.py:argument",
   ),
   'a file that is no configuration': (
     ['--config=tests/golden/fill.py'],
