@@ -279,7 +279,7 @@ def get_step_fn(
   else:
     loss_fn = get_discrete_loss_fn(sde, model, train, reduce_mean=reduce_mean)
 
-  def step_fn(carry: Carry, batch: Examples) -> tuple[Carry, Scalar]:
+  def step_fn(carry: Carry, batch: Examples) -> tuple[Carry, Scalar | Numbers]:
     rng, state = carry
     rng, step_rng = jax.random.split(rng)
     if not train:

@@ -31,7 +31,7 @@ _score_sde() {
   local line=$${COMP_LINE:0:COMP_POINT} word
   word=$${line##* }
   COMPREPLY=()
-  [[ $$line == *main.py\ * ]] || return
+  [[ $$line == *main.py\\ * ]] || return
   case $$word in
 $cases
     --config=*|--workdir=*|--checkpoint=*)
