@@ -55,7 +55,7 @@ from samplers.few_step import (
   register_time_grid,
   time_of_noise_level,
 )
-from samplers.latents import get_encoder, interpolate, with_temperature
+from samplers.latents import Encoder, get_encoder, interpolate, with_temperature
 from samplers.ode import ODESampler, get_ode_sampler
 from samplers.predictor_corrector import (
   AncestralSamplingPredictor,
@@ -80,6 +80,7 @@ __all__ = [
   'Condition',
   'Corrector',
   'DPMSolverPP',
+  'Encoder',
   'EulerMaruyamaPredictor',
   'Heun',
   'LangevinCorrector',

@@ -45,6 +45,7 @@ from runtime.array_types import (
   Scaler,
 )
 from runtime.errors import UserError
+from runtime.files import locate
 from runtime.registry import Registry
 from sde_lib import SDE, batch_mul
 
@@ -175,7 +176,7 @@ def load_classifier(path: str | pathlib.Path) -> NoiseConditionalClassifier:
       "config.classifier.checkpoint='' names no file: give the classifier.safetensors "
       'of a run of --mode=train_classifier.'
     )
-  path = pathlib.Path(path).expanduser()
+  path = locate(path)
   _, info = read_classifier_file(path)
   module, params = create_classifier(jax.random.PRNGKey(0), 1, path)
   return NoiseConditionalClassifier(
