@@ -5,8 +5,9 @@ precision one block at a time, so that 50,000 features of Inception take little 
 they already do.
 
 What would give NaN or a meaningless number raises `UserError`: values that are not finite, sets of
-different width, too few images, a matrix that is no covariance. That is why the annotations of the
-public functions, unlike those of the private ones, leave the shape open: it is theirs to check.
+different width, too few images, a matrix that is not a covariance. That is why the annotations of
+the public functions, unlike those of the private ones, leave the shape open: the functions check
+it.
 
 References:
   Binkowski et al. 2018 (KID), "Demystifying MMD GANs", https://arxiv.org/abs/1801.01401.
@@ -92,7 +93,7 @@ def moments(features: Unchecked) -> FeatureMoments:
   """Returns the moments of a whole set of features, (N, D).
 
   Raises:
-    UserError: if it is no matrix of finite real numbers.
+    UserError: if it is not a matrix of finite real numbers.
   """
   _check_rows('features', features)
   return FeatureMoments(features.shape[1]).add(features)
@@ -255,7 +256,7 @@ def inception_score(logits: Unchecked) -> float:
     logits: (N, K), of K classes.
 
   Raises:
-    UserError: if N is zero, or if it is no matrix of finite real numbers.
+    UserError: if N is zero, or if it is not a matrix of finite real numbers.
   """
   _check_rows('logits', logits)
   if not len(logits):
