@@ -16,9 +16,7 @@ from mkdocs.structure.pages import Page
 # [text](../path) or ![text](../path#anchor) of a page, which leads out of its folder.
 _OUTWARD = re.compile(r'\]\((\.\./[^)#\s]+)')
 # What the extension pymdownx.arithmatex makes of $...$ and $$...$$.
-_FORMULA = re.compile(
-  r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
-)
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 _TAG = re.compile(r'\\tag\{(.*?)\}')
 
