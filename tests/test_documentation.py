@@ -23,6 +23,8 @@ import sys
 import urllib.parse
 
 import pytest
+import score_sde
+import yaml
 from ml_collections import ConfigDict
 
 from modes.preparation import _registered_keys
@@ -283,7 +285,6 @@ def anchors_of(page):
     in_site, on_github = re.sub(r'[-\s]+', '-', words), words.replace(' ', '-')
     yield from {heading['id']} if heading['id'] else {in_site} & {on_github}
   for module in re.findall(r'^::: (\S+)', text, re.MULTILINE):
-    yield module
     yield from _documented(importlib.import_module(module), module)
 
 
@@ -320,3 +321,31 @@ def test_every_page_is_in_the_navigation_and_the_navigation_has_no_others():
   docs = ROOT / 'docs'
   there = {path.relative_to(docs).as_posix() for path in docs.glob('**/*.md')}
   assert there | {'../CHANGELOG.md'} == set(listed)
+
+
+# Files that other programs read.
+
+
+def test_the_citation_the_changelog_and_the_package_agree_on_the_version():
+  citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text(encoding='utf-8'))
+  assert {'cff-version', 'message', 'title', 'authors'} <= citation.keys()
+  paper = citation['preferred-citation']
+  assert paper['title'].startswith('Score-Based Generative Modeling')
+  assert [author['family-names'] for author in paper['authors']][::5] == ['Song', 'Poole']
+  newest = re.search(
+    r'^## ([\d.]+) - ([\d-]+)$', (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8'), re.MULTILINE
+  )
+  assert (citation['version'], str(citation['date-released'])) == newest.groups()
+  assert citation['version'] == score_sde.__version__
+
+
+def test_the_forms_for_issues_have_what_a_form_must():
+  forms = sorted((ROOT / '.github' / 'ISSUE_TEMPLATE').glob('[!c]*.yml'))
+  assert [form.stem for form in forms] == ['bug', 'feature', 'question']
+  for form in forms:
+    content = yaml.safe_load(form.read_text(encoding='utf-8'))
+    assert content['name']
+    assert content['description']
+    names = [field['id'] for field in content['body']]
+    assert len(set(names)) == len(names)
+    assert all(field['attributes']['label'] for field in content['body'])
