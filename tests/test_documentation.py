@@ -26,8 +26,10 @@ import pytest
 import yaml
 from ml_collections import ConfigDict
 
+from models.classifier import CLASSIFIERS
 from modes.preparation import _registered_keys
 from runtime import configuration
+from sources.base import DATASETS
 from tests.processes import ROOT, environment
 from tests.test_documented_extensions import REGISTRIES
 
@@ -168,7 +170,7 @@ for number, words in json.loads(sys.stdin.read()):
   child = os.fork()
   if not child:
     try:
-      argv = ['main.py', *words]
+      argv = sys.argv = ['main.py', *words]  # ml_collections looks for overrides in sys.argv
       if 'dry_run' in flags.FLAGS:
         argv.append('--dry_run')
       os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -217,12 +219,15 @@ def test_every_other_command_exists_with_its_flags():
     if words[0] == 'make':
       wanted = {word for word in words[1:] if '=' not in word}
       assert wanted <= targets, f'{block}: {shlex.join(words)}'
-    elif words[0] in PYTHON and words[1] == '-m' and words[2] != 'venv':
+    elif words[:3] == ['python3', '-m', 'venv']:
+      continue
+    elif words[0] in PYTHON and words[1] == '-m':
       source = _source(words[2])
       assert source, f'{block}: there is no module {words[2]}'
       for word in words[3:]:
         flag = word.split('=')[0]
-        assert not word.startswith('--') or f"'{flag}'" in source, f'{block}: {words[2]} {flag}'
+        found = f"'{flag}'" in source or f"'{flag[2:]}'" in source  # argparse or absl
+        assert found or not flag.startswith('--'), f'{block}: {words[2]} {flag}'
     elif words[0] in (*PYTHON, 'bash'):
       assert (ROOT / words[1]).is_file(), f'{block}: {shlex.join(words)}'
 
@@ -248,11 +253,11 @@ def known_settings():
   known = {
     section: set(values) for section, values in defaults.items() if isinstance(values, ConfigDict)
   }
-  from models.classifier import CLASSIFIERS
-  from sources.base import DATASETS
-
   for section, keys in _registered_keys(ConfigDict()).items():
     known[section] |= set(keys)
+  for key in configuration.LEGACY:
+    section, _, name = key.partition('.')
+    known[section].add(name)
   known['data'] |= DATASETS.all_fields()
   known['classifier'] |= CLASSIFIERS.all_fields()
   return known
@@ -263,7 +268,7 @@ def test_every_setting_that_the_text_names_exists():
   for page in PAGES:
     for match in _SETTING.finditer(page.read_text(encoding='utf-8')):
       section, key = match['section'], match['key']
-      if match['more'].startswith(('(', '.')) or key in ('json', 'py'):
+      if match['more'].startswith(('(', '.')) or key in ('json', 'py', 'safetensors'):
         continue  # a call, or the name of a file
       named = key in known[section] or key.startswith('enable_')
       module = importlib.util.find_spec(section) and importlib.import_module(section)

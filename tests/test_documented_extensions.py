@@ -94,7 +94,7 @@ def test_the_sde_trains_and_samples_gaussian_data(load, tmp_path):
   run_lib.train(config, tmp_path)
   assert json.loads((tmp_path / 'config.json').read_text())['model']['b'] == 9.0
 
-  config.sampling.update(method='ddim', n_steps=200)
+  config.sampling.update(method='ddim', n_steps=200, noise_removal=False)
   sde = sde_lib.get_sde(prepare(config))
   assert error_of_flow(sampling.get_sampler(config, sde), sde) < 0.02
 
