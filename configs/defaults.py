@@ -114,9 +114,7 @@ def get_default_configs() -> ml_collections.ConfigDict:
   # Of NCSN++, DDPM++ and DDPM.
   model.dtype = 'float32'  # of activations; or 'bfloat16'
   model.remat = False  # compute activations again for the gradient instead of keeping them
-  model.remat_policy = (
-    'nothing'  # what is kept even so; or 'products', of convolutions and attention
-  )
+  model.remat_policy = 'nothing'  # what is kept even so; or 'products'
 
   config.optim = optim = ml_collections.ConfigDict()
   optim.optimizer = 'Adam'
