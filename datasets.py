@@ -10,8 +10,8 @@ only the numbers of the examples travel.
 A data set is registered as a function from a configuration and a split ('train' or 'test') to a
 random-access source whose items are {'image': uint8 (H, W, C), 'label': int}:
 
-  @register_dataset(name='MINE')
-  def mine(config, split, *, path): ...
+    @register_dataset(name='MINE')
+    def mine(config, split, *, path): ...
 
 Keyword-only parameters are keys of `config.data` that the data set adds to the common ones. See
 `sources.base.Source` for what else a source may have: a `fingerprint`, without which a run cannot

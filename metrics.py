@@ -10,15 +10,16 @@ the public functions, unlike those of the private ones, leave the shape open: th
 it.
 
 References:
-  Binkowski et al. 2018 (KID), "Demystifying MMD GANs", https://arxiv.org/abs/1801.01401.
-  Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance: Analysis and
-    Recommendations", The American Statistician 37.
-  Heusel et al. 2017 (FID), "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
-    Equilibrium", https://arxiv.org/abs/1706.08500.
-  Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models",
-    https://arxiv.org/abs/1904.06991.
-  Salimans et al. 2016 (Inception score), "Improved Techniques for Training GANs",
-    https://arxiv.org/abs/1606.03498.
+
+- Binkowski et al. 2018 (KID), "Demystifying MMD GANs", https://arxiv.org/abs/1801.01401.
+- Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance: Analysis and
+  Recommendations", The American Statistician 37.
+- Heusel et al. 2017 (FID), "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+  Equilibrium", https://arxiv.org/abs/1706.08500.
+- Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models",
+  https://arxiv.org/abs/1904.06991.
+- Salimans et al. 2016 (Inception score), "Improved Techniques for Training GANs",
+  https://arxiv.org/abs/1606.03498.
 """
 
 import dataclasses

@@ -111,6 +111,10 @@ def get_default_configs() -> ml_collections.ConfigDict:
   # Of float32 products on accelerators: 'default' (TF32 on GPUs, bfloat16 on TPUs), 'bfloat16',
   # 'tensorfloat32' or 'float32'. A CPU always multiplies in float32.
   model.matmul_precision = 'default'
+  # Of NCSN++, DDPM++ and DDPM.
+  model.dtype = 'float32'  # of activations; or 'bfloat16'
+  model.remat = False  # compute activations again for the gradient instead of keeping them
+  model.remat_policy = 'nothing'  # what is kept even so; or 'products'
 
   config.optim = optim = ml_collections.ConfigDict()
   optim.optimizer = 'Adam'

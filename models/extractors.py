@@ -2,8 +2,8 @@
 
 An extractor is registered as a function from a configuration to an `Extractor`:
 
-  @register_extractor(name='mine')
-  def mine(config) -> Extractor: ...
+    @register_extractor(name='mine')
+    def mine(config) -> Extractor: ...
 
 The FID Inception network is that of Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update
 Rule Converge to a Local Nash Equilibrium", https://arxiv.org/abs/1706.08500.
