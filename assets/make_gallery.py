@@ -7,6 +7,7 @@
 The rows of a picture are, from the top: what is observed, two samples, the original.
 """
 
+import functools
 import pathlib
 import sys
 
@@ -40,12 +41,16 @@ class Gallery:
   """
 
   def __init__(self, pictures: str):
+    self.pictures = pictures
     self.digits = score_sde.load(ASSETS / 'digits.safetensors')
-    self.patches = score_sde.load(ASSETS / 'patches.safetensors')
     stored = np.load(ASSETS / 'mnist5k.npz')
     chosen = [np.flatnonzero(stored['test_labels'] == digit)[3] for digit in range(COLUMNS)]
     self.some_digits = stored['test_images'][chosen] / np.float32(255)
-    self.pictures = pictures
+
+  @functools.cached_property
+  def patches(self) -> score_sde.TrainedModel:
+    """The network of the patches."""
+    return score_sde.load(ASSETS / 'patches.safetensors')
 
   def some_patches(self) -> np.ndarray:
     """Patches that the network was not trained on, in [0, 1]."""
