@@ -2,14 +2,14 @@
 
 import logging as python_logging
 import os
-import runpy
 import sys
 import traceback
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from runtime import startup
+from runtime import configuration, startup
+from runtime.errors import UserError
 
 try:
   _CONFIG = config_flags.DEFINE_config_file(
@@ -109,13 +109,10 @@ def _explain(path: str, argument: str, given: dict[str, str]) -> str:
   """The mistake in a configuration file or in the overrides of it; '' if none is found."""
   if not path:
     return ''
-  get_config = runpy.run_path(path).get('get_config')
-  if get_config is None:
-    return f'--config={path} has no function get_config(): define one that returns a ConfigDict.'
   try:
-    config = get_config(argument) if argument else get_config()
-  except TypeError as error:
-    return f'--config={path}: {error}; set --config={path}:argument, or leave the argument out.'
+    config = configuration.read_file(path, argument)
+  except UserError as error:
+    return f'--config={error}'
   return _unknown_override(config, given)
 
 
@@ -141,7 +138,6 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}: all arguments are flags.')
   # Imported here so that --help and a misspelt flag are answered at once.
   import run_lib
-  from runtime.errors import UserError
 
   config, workdir, checkpoint = _CONFIG.value, _WORKDIR.value, _CHECKPOINT.value
   modes = {

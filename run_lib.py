@@ -132,14 +132,14 @@ def inspect_data(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, A
 
 
 def prepare_data(config: ConfigDict) -> None:
-  """Downloads the configured data set if a program can, converts it to the cache and verifies it.
+  """Downloads the configured data set if possible, converts it to the cache and verifies it.
 
   Args:
     config: the configuration, of which `data` is read.
 
   Raises:
-    UserError: the configuration is wrong, or files are damaged or are missing and no program can
-      get them.
+    UserError: the configuration is wrong, or files are damaged, or missing and impossible to
+      download by a program.
   """
   prepare_data_mode.prepare_data(_start(config)[0])
 

@@ -36,6 +36,16 @@ def check_method(method: str) -> str:
   return method
 
 
+def check_eps(eps: float, end: float) -> None:
+  """Checks the time that the data of a flow from `eps` to `end` are assigned to.
+
+  Raises:
+    UserError: if it is not in (0, end).
+  """
+  if not 0 < eps < end:
+    raise UserError(f'eps={eps} must be a time in (0, {end}): set likelihood.eps=1e-5 or so.')
+
+
 def solve(
   drift: Callable[[Scalar, PyTree], PyTree],
   y0: PyTree,
