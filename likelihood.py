@@ -2,7 +2,7 @@
 
 Along the probability flow dx = f~(x, t) dt (Eq. 13), d log p_t(x_t) = -div f~(x_t, t) dt (Eq. 39):
 
-  log p_0(x_0) = log p_T(x_T) + int_0^T div f~(x_t, t) dt.
+    log p_0(x_0) = log p_T(x_T) + int_0^T div f~(x_t, t) dt.
 
 x_T is the latent, at which the density of the prior is taken. The divergence is exact, or
 Hutchinson's unbiased estimate E[v . (df~/dx) v] (Eq. 40).

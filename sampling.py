@@ -4,9 +4,9 @@ A predictor or corrector is a class with `update_fn(rng, x, t) -> (x, x_mean)`, 
 `x` before the noise of the step is added. Once it is registered, its name works in every
 configuration:
 
-  @register_predictor(name='my_predictor')
-  class MyPredictor(Predictor):
-    def update_fn(self, rng, x, t): ...
+    @register_predictor(name='my_predictor')
+    class MyPredictor(Predictor):
+      def update_fn(self, rng, x, t): ...
 
 A `Sampler` is a sampling algorithm in steps; a `Condition` is the conditioning of its samples. The
 names below come from the package `samplers`. Importing this module registers all of its samplers.

@@ -3,7 +3,7 @@
 A classifier of p(y | x_t) depends on the SDE only through the scale of x_t. Divided by alpha_t, and
 in the range [0, 1],
 
-  y_t = inverse_scaler(x_t / alpha_t) = image + sigma' z,  sigma' = (sigma_t / alpha_t) slope,
+    y_t = inverse_scaler(x_t / alpha_t) = image + sigma' z,  sigma' = (sigma_t / alpha_t) slope,
 
 where slope is the derivative of the inverse scaler. So one classifier that is conditioned on sigma'
 serves the VE, VP and sub-VP SDEs and those of users. It is trained at noise levels sigma' that are
