@@ -169,9 +169,10 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}: all arguments are flags.')
   # Imported here so that --help and a misspelt flag are answered at once.
   import run_lib
-  from runtime.preemption import to_resume
+  from runtime.preemption import ending_signals, to_resume
 
-  signal.signal(signal.SIGTERM, _interrupt)
+  for number in ending_signals():
+    signal.signal(number, _interrupt)
   config, workdir, checkpoint = _CONFIG.value, _WORKDIR.value, _CHECKPOINT.value
   modes = {
     'train': lambda: run_lib.train(config, workdir),

@@ -20,21 +20,26 @@ def to_resume() -> str:
   return f'To resume, run: {shlex.join(sys.orig_argv)}'
 
 
-class Preemption:
-  """Turns SIGTERM, SIGINT and SIGHUP into a request to save and stop; a second SIGINT stops at once.
+def ending_signals() -> list[int]:
+  """The signals, other than that of Ctrl-C, that ask this process to end."""
+  hangup = getattr(signal, 'SIGHUP', None)  # sent when a terminal closes; Windows has none
+  ignored = not hangup or signal.getsignal(hangup) == signal.SIG_IGN  # as under nohup
+  return [signal.SIGTERM] if ignored else [signal.SIGTERM, hangup]
 
-  Use it as a context manager, which handles the signals until it exits.
+
+class Preemption:
+  """Turns SIGTERM, SIGINT and SIGHUP into a request to save and stop.
+
+  A second SIGINT stops at once. Use it as a context manager, which handles the signals until it
+  exits.
   """
 
   def __enter__(self) -> 'Preemption':
     self._signalled = False
     # Only the main thread may handle signals; a training elsewhere is stopped by its caller.
     in_main = threading.current_thread() is threading.main_thread()
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    hangup = getattr(signal, 'SIGHUP', None)  # sent when a terminal closes; Windows has none
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # as under nohup
-      numbers.append(hangup)
-    self._previous = {n: signal.signal(n, self._handle) for n in numbers if in_main}
+    numbers = [signal.SIGINT, *ending_signals()] if in_main else []
+    self._previous = {number: signal.signal(number, self._handle) for number in numbers}
     return self
 
   def _handle(self, number: int, frame: Any) -> None:

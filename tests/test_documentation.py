@@ -158,12 +158,14 @@ COMMANDS = [
 ]
 PYTHON = ('python', 'python3', '.venv/bin/python')
 
-# Every command runs in a process forked from one that has imported everything.
-_DRY_RUN = """
+# Every command is parsed in a process forked from one that has imported everything. No more of it
+# can be tried: `--dry_run` would refuse what needs a run that is not here.
+_PARSE = """
 import json, os, sys, traceback
 import main
-import run_lib
-from absl import app, flags
+from absl import flags
+from modes.preparation import _registered_keys
+from runtime import configuration
 
 for number, words in json.loads(sys.stdin.read()):
   sys.stdout.flush()
@@ -171,12 +173,10 @@ for number, words in json.loads(sys.stdin.read()):
   if not child:
     try:
       argv = sys.argv = ['main.py', *words]  # ml_collections looks for overrides in sys.argv
-      if 'dry_run' in flags.FLAGS:
-        argv.append('--dry_run')
       os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-      argv = main.parse_flags(argv)
-      if 'dry_run' in flags.FLAGS:
-        main.main(argv)
+      main.parse_flags(argv)
+      config = flags.FLAGS.config
+      configuration.complete(config, _registered_keys(config))
     except BaseException as error:
       if not isinstance(error, SystemExit) or error.code not in (None, 0):
         sys.stderr.write(f'{number}: {error or type(error)}\\n')
@@ -197,7 +197,7 @@ def test_every_command_of_main_describes_a_run_that_can_start():
   assert len(cases) > 10
   listed = list(cases.values())
   process = subprocess.run(
-    [sys.executable, '-W', 'ignore', '-c', _DRY_RUN],
+    [sys.executable, '-W', 'ignore', '-c', _PARSE],
     input=json.dumps([[i, words] for i, (_, words) in enumerate(listed)]),
     cwd=ROOT,
     env=environment() | {'PYTHONPATH': str(ROOT)},
