@@ -156,7 +156,7 @@ def observer(config: ConfigDict) -> Observer:
 
   def observe(state: State, grad: PyTree) -> dict[str, Scalar]:
     rate = jnp.asarray(schedule(state.step), jnp.float32)
-    return {'gradient_norm': optax.global_norm(grad), 'learning_rate': rate}
+    return {'gradient_norm': optax.tree.norm(grad), 'learning_rate': rate}
 
   return observe
 

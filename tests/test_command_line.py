@@ -229,8 +229,8 @@ def test_own_pictures_are_prepared_inspected_and_trained_on(tmp_path):
 
 
 def test_a_signal_ends_a_mode_with_the_command_that_resumes_it(trained):
-  endless = '--config.sampling.n_steps=100000000'
-  arguments = command(trained, endless, '--config.sampling.method=ddim', mode='sample')
+  long = '--config.sampling.n_steps=200000'
+  arguments = command(trained, long, '--config.sampling.method=ddim', mode='sample')
   process = subprocess.Popen(
     arguments, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
   )

@@ -488,7 +488,7 @@ def test_a_damaged_report_is_made_again_and_a_damaged_record_refused(
 
 def test_samples_that_are_not_finite_stop_it_before_they_are_written(workdir, monkeypatch):
   def broken(config, sde, model, shape, inverse_scaler):
-    return lambda rng, state: (jax.numpy.full(shape, np.nan), 1)
+    return lambda rng, state, callback: (jax.numpy.full(shape, np.nan), 1)
 
   config = configured(data(workdir))
   config.eval.begin_ckpt = config.eval.end_ckpt = 4
