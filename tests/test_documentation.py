@@ -336,6 +336,18 @@ def test_every_page_is_in_the_navigation_and_the_navigation_has_no_others():
   assert there | {'../CHANGELOG.md'} == set(listed)
 
 
+def test_the_reference_lists_every_function_and_class_of_a_module():
+  # What a module only passes on is left out, which is why the pages list what to show.
+  for page in ROOT.glob('docs/api/*.md'):
+    text = page.read_text(encoding='utf-8')
+    for module, listed in re.findall(
+      r'^::: (\S+)\n    options:\n      members:\n((?: +- \w+\n)+)', text, re.MULTILINE
+    ):
+      source = (ROOT / f'{module.replace(".", "/")}.py').read_text(encoding='utf-8')
+      defined = re.findall(r'^(?:def|class) ([A-Za-z]\w*)', source, re.MULTILINE)
+      assert re.findall(r'- (\w+)', listed) == defined, name_of(page)
+
+
 # Files that other programs read.
 
 
