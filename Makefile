@@ -5,14 +5,14 @@ VENV := .venv
 DEMO := runs/demo
 TESTS :=  # files that `make quick` runs; all by default
 
-.PHONY: demo test quick lint clean
+.PHONY: demo test quick lint docs notebooks clean
 
 $(VENV)/run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/dev: requirements-dev.txt $(VENV)/run
+$(VENV)/dev: requirements-dev.txt requirements-docs.txt $(VENV)/run
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
 
@@ -30,5 +30,12 @@ lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+notebooks: $(VENV)/dev
+	$(VENV)/bin/python -m notebooks
+
+docs: $(VENV)/dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+	@echo "The site: site/index.html"
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

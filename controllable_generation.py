@@ -264,7 +264,7 @@ def get_task(config: ConfigDict, sde: SDE, inverse_scaler: Scaler) -> SamplingTa
 class PCSettings:
   """The last arguments of the three factories below, in the order of the 2021 code.
 
-  They are those of `sampling.get_pc_sampler`, but `eps` has another default.
+  They are those of `sampling.get_pc_sampler`, but the default of `eps` is different.
 
   Attributes:
     predictor: a `Predictor` class; None for `NonePredictor`.

@@ -1,7 +1,7 @@
 """Data sets and their deterministic input pipeline.
 
 The batch of step k is a pure function of (seed, k), whatever the number of threads and processes
-and wherever a run was interrupted: in each epoch the examples are shuffled by another seeded
+and wherever a run was interrupted. In each epoch the examples are shuffled by a different seeded
 permutation, which is computed by index (Grain), and each process reads its own rows of the global
 batch. Images travel to the devices as uint8; flipping, dequantization and scaling happen on the
 devices, inside the compiled step. With `data.on_device` all images are there from the start, and
@@ -10,8 +10,8 @@ only the numbers of the examples travel.
 A data set is registered as a function from a configuration and a split ('train' or 'test') to a
 random-access source whose items are {'image': uint8 (H, W, C), 'label': int}:
 
-  @register_dataset(name='MINE')
-  def mine(config, split, *, path): ...
+    @register_dataset(name='MINE')
+    def mine(config, split, *, path): ...
 
 Keyword-only parameters are keys of `config.data` that the data set adds to the common ones. See
 `sources.base.Source` for what else a source may have: a `fingerprint`, without which a run cannot
@@ -72,7 +72,7 @@ Inputs = dict[str, jax.Array | np.ndarray]
 def get_data_scaler(config: ConfigDict) -> Scaler:
   """The map from [0, 1] to the range of the scaled data, for a number or an array of any shape.
 
-  x becomes 2 x - 1, in [-1, 1], if `data.centered` is set, and else stays unchanged.
+  With `data.centered`, x becomes 2 x - 1, in [-1, 1]; otherwise it is unchanged.
   """
   return (lambda x: x * 2.0 - 1.0) if config.data.centered else (lambda x: x)
 
@@ -121,7 +121,7 @@ class Dataset:
     source: the examples.
     batch_size: size of the global batch.
     seed: the seed of the order of the examples, and of whatever is random about them.
-    shuffle: take the examples in a new permutation each epoch; else always as the source has them.
+    shuffle: use a new permutation in each epoch; otherwise the order is that of the source.
     preprocess: what the compiled step does to the images first; None for batches in host memory.
     augment: draw whatever is random about an example, such as its crop.
     num_threads: how many threads read batches ahead.
@@ -267,7 +267,7 @@ class Stacked:
     """The examples `indices` as arrays with a leading axis (B,); `draws` are not used.
 
     Raises:
-      UserError: if an image has another shape or type than the first one of the source, to which
+      UserError: if an image differs in shape or type from the first one of the source, to which
         a batch would silently cast it.
     """
     del draws
@@ -336,7 +336,7 @@ def get_dataset(
     )
 
   train, test = make('train', evaluation), make('test', True)
-  if not evaluation:  # training looks at another evaluation batch each time
+  if not evaluation:  # training takes a different evaluation batch each time
     test = dataclasses.replace(test, shuffle=True)
   return train, test, train.source
 

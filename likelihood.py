@@ -2,7 +2,7 @@
 
 Along the probability flow dx = f~(x, t) dt (Eq. 13), d log p_t(x_t) = -div f~(x_t, t) dt (Eq. 39):
 
-  log p_0(x_0) = log p_T(x_T) + int_0^T div f~(x_t, t) dt.
+    log p_0(x_0) = log p_T(x_T) + int_0^T div f~(x_t, t) dt.
 
 x_T is the latent, at which the density of the prior is taken. The divergence is exact, or
 Hutchinson's unbiased estimate E[v . (df~/dx) v] (Eq. 40).
@@ -205,12 +205,16 @@ def get_likelihood_fn(
     n_levels: the number of grey levels of the data.
 
   Raises:
-    UserError: if the probe or the ODE solver is unknown; when the function is called, if the exact
-      divergence is to be taken in more than 4096 dimensions.
+    UserError: if the probe or the ODE solver is unknown, or `eps` or `num_probes` is out of range;
+      when the function is called, if the exact divergence is to be taken in more than 4096
+      dimensions.
   """
   exact = hutchinson_type.lower() == 'exact'
   probe = None if exact else _PROBES.get(hutchinson_type)
   method = ode_solver.check_method(method)
+  ode_solver.check_eps(eps, sde.T)
+  if num_probes < 1:
+    raise UserError(f'likelihood.num_probes={num_probes} must be at least 1.')
   likelihood = Likelihood(sde, rtol=rtol, atol=atol, method=method, eps=eps)
   # The inverse scaler is affine: two of its values determine it.
   offset, scale = (float(inverse_scaler(v)) for v in (0.0, 1.0))

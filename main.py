@@ -2,7 +2,6 @@
 
 import logging as python_logging
 import os
-import runpy
 import sys
 import traceback
 from collections.abc import Callable
@@ -10,7 +9,8 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from runtime import startup
+from runtime import configuration, startup
+from runtime.errors import UserError
 
 try:
   _CONFIG = config_flags.DEFINE_config_file(
@@ -75,6 +75,12 @@ _CHECKPOINT_NUMBER = flags.DEFINE_integer(
 _REPORT = flags.DEFINE_string(
   'report', None, 'The page that --mode=report writes (default: report.html in --workdir).'
 )
+_DTYPE = flags.DEFINE_enum(
+  'dtype',
+  'float32',
+  ['float32', 'float16'],
+  'The type in which --mode=export stores the weights. float16 halves the file and rounds them.',
+)
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
   None,
@@ -112,13 +118,10 @@ def _explain(path: str, argument: str, given: dict[str, str]) -> str:
   """The mistake in a configuration file or in the overrides of it; '' if none is found."""
   if not path:
     return ''
-  get_config = runpy.run_path(path).get('get_config')
-  if get_config is None:
-    return f'--config={path} has no function get_config(): define one that returns a ConfigDict.'
   try:
-    config = get_config(argument) if argument else get_config()
-  except TypeError as error:
-    return f'--config={path}: {error}; set --config={path}:argument, or leave the argument out.'
+    config = configuration.read_file(path, argument)
+  except UserError as error:
+    return f'--config={error}'
   return _unknown_override(config, given)
 
 
@@ -188,7 +191,7 @@ def _modes(config: ConfigDict, workdir: str) -> dict[str, Callable[[], object]]:
     'train_classifier': lambda: run_lib.train_classifier(config, workdir),
     'import': lambda: run_lib.import_checkpoint(config, workdir, checkpoint),
     'export': lambda: run_lib.export_checkpoint(
-      config, workdir, checkpoint=checkpoint, number=number
+      config, workdir, checkpoint=checkpoint, number=number, dtype=_DTYPE.value
     ),
   }
 

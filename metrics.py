@@ -5,19 +5,21 @@ precision one block at a time, so that 50,000 features of Inception take little 
 they already do.
 
 What would give NaN or a meaningless number raises `UserError`: values that are not finite, sets of
-different width, too few images, a matrix that is no covariance. That is why the annotations of the
-public functions, unlike those of the private ones, leave the shape open: it is theirs to check.
+different width, too few images, a matrix that is not a covariance. That is why the annotations of
+the public functions, unlike those of the private ones, leave the shape open: the functions check
+it.
 
 References:
-  Binkowski et al. 2018 (KID), "Demystifying MMD GANs", https://arxiv.org/abs/1801.01401.
-  Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance: Analysis and
-    Recommendations", The American Statistician 37.
-  Heusel et al. 2017 (FID), "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
-    Equilibrium", https://arxiv.org/abs/1706.08500.
-  Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models",
-    https://arxiv.org/abs/1904.06991.
-  Salimans et al. 2016 (Inception score), "Improved Techniques for Training GANs",
-    https://arxiv.org/abs/1606.03498.
+
+- Binkowski et al. 2018 (KID), "Demystifying MMD GANs", https://arxiv.org/abs/1801.01401.
+- Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance: Analysis and
+  Recommendations", The American Statistician 37.
+- Heusel et al. 2017 (FID), "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+  Equilibrium", https://arxiv.org/abs/1706.08500.
+- Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models",
+  https://arxiv.org/abs/1904.06991.
+- Salimans et al. 2016 (Inception score), "Improved Techniques for Training GANs",
+  https://arxiv.org/abs/1606.03498.
 """
 
 import dataclasses
@@ -92,7 +94,7 @@ def moments(features: Unchecked) -> FeatureMoments:
   """Returns the moments of a whole set of features, (N, D).
 
   Raises:
-    UserError: if it is no matrix of finite real numbers.
+    UserError: if it is not a matrix of finite real numbers.
   """
   _check_rows('features', features)
   return FeatureMoments(features.shape[1]).add(features)
@@ -255,7 +257,7 @@ def inception_score(logits: Unchecked) -> float:
     logits: (N, K), of K classes.
 
   Raises:
-    UserError: if N is zero, or if it is no matrix of finite real numbers.
+    UserError: if N is zero, or if it is not a matrix of finite real numbers.
   """
   _check_rows('logits', logits)
   if not len(logits):

@@ -136,14 +136,14 @@ def inspect_data(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, A
 
 
 def prepare_data(config: ConfigDict) -> None:
-  """Downloads the configured data set if a program can, converts it to the cache and verifies it.
+  """Downloads the configured data set if possible, converts it to the cache and verifies it.
 
   Args:
     config: the configuration, of which `data` is read.
 
   Raises:
-    UserError: the configuration is wrong, or files are damaged or are missing and no program can
-      get them.
+    UserError: the configuration is wrong, or files are damaged, or missing and impossible to
+      download by a program.
   """
   prepare_data_mode.prepare_data(_start(config)[0])
 
@@ -193,6 +193,7 @@ def export_checkpoint(
   *,
   checkpoint: str | None = None,
   number: int | None = None,
+  dtype: str = 'float32',
 ) -> pathlib.Path:
   """Writes the EMA weights of a run as safetensors, with step and configuration as metadata.
 
@@ -203,14 +204,19 @@ def export_checkpoint(
     workdir: its directory.
     checkpoint: the file to write; by default `export_<step>.safetensors` in `workdir`.
     number: which of `checkpoints/` to export; by default the newest state.
+    dtype: the type in which weights are stored. 'float16' halves the file; whatever reads it
+      computes in the type of the network. Fourier frequencies stay in float32.
 
   Returns:
     The path of the file.
 
   Raises:
-    UserError: the checkpoint does not exist, the run has another configuration, or the file exists.
+    UserError: the checkpoint does not exist, the run has another configuration, the file exists, a
+      weight is too large for `dtype`, or `dtype` is neither 'float32' nor 'float16'.
   """
-  return convert.export_checkpoint(*_start(config, workdir), checkpoint=checkpoint, number=number)
+  return convert.export_checkpoint(
+    *_start(config, workdir), checkpoint=checkpoint, number=number, dtype=dtype
+  )
 
 
 def make_report(

@@ -4,9 +4,9 @@ A predictor or corrector is a class with `update_fn(rng, x, t) -> (x, x_mean)`, 
 `x` before the noise of the step is added. Once it is registered, its name works in every
 configuration:
 
-  @register_predictor(name='my_predictor')
-  class MyPredictor(Predictor):
-    def update_fn(self, rng, x, t): ...
+    @register_predictor(name='my_predictor')
+    class MyPredictor(Predictor):
+      def update_fn(self, rng, x, t): ...
 
 A `Sampler` is a sampling algorithm in steps; a `Condition` is the conditioning of its samples. The
 names below come from the package `samplers`. Importing this module registers all of its samplers.
@@ -55,7 +55,7 @@ from samplers.few_step import (
   register_time_grid,
   time_of_noise_level,
 )
-from samplers.latents import get_encoder, interpolate, with_temperature
+from samplers.latents import Encoder, get_encoder, interpolate, with_temperature
 from samplers.ode import ODESampler, get_ode_sampler
 from samplers.predictor_corrector import (
   AncestralSamplingPredictor,
@@ -80,6 +80,7 @@ __all__ = [
   'Condition',
   'Corrector',
   'DPMSolverPP',
+  'Encoder',
   'EulerMaruyamaPredictor',
   'Heun',
   'LangevinCorrector',

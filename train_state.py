@@ -1,4 +1,4 @@
-"""The training state: parameters, their moving average, the optimizer, and one update of all.
+"""The training state (parameters, their moving average, the optimizer) and one update of it.
 
 Optimizers: Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015,
 https://arxiv.org/abs/1412.6980; Loshchilov and Hutter, "Decoupled weight decay regularization",

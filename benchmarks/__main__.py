@@ -77,7 +77,9 @@ def requests(arguments: argparse.Namespace) -> list[Request]:
   parts = tuple(part.strip() for part in arguments.parts.split(','))
   for part in parts:
     if part not in PARTS:
-      raise UserError(f'--parts has {part!r}, which is no part: choose some of {",".join(PARTS)}.')
+      raise UserError(
+        f'--parts has {part!r}, which is not a part: choose some of {",".join(PARTS)}.'
+      )
   if arguments.profile and 'train' not in parts:
     raise UserError(
       f'--profile={arguments.profile} traces the training step, which --parts={arguments.parts} '

@@ -1,7 +1,7 @@
 """The floating point operations of a function, counted from its jaxpr without computing anything.
 
 A product and a sum are two operations. Only convolutions and matrix products count, of which dense
-layers and attention consist; all else that a network does is a small part of its work.
+layers and attention consist; everything else that a network does is a small part of its work.
 """
 
 import math
@@ -23,8 +23,8 @@ def of(function: Callable[..., Any], *args: Any) -> int:
 def count(jaxpr: AnyJaxpr) -> int:
   """The operations of a jaxpr and of all jaxprs inside it.
 
-  The body of a `scan` counts as often as it runs. The body of a `while` loop, of which nobody knows
-  how often it runs, counts once, and of the branches of a `cond` the dearest counts.
+  The body of a `scan` counts as often as it runs. The body of a `while` loop, whose number of runs
+  is unknown, counts once. Of the branches of a `cond` the most expensive counts.
   """
   return sum(_operations(equation) for equation in jaxpr.eqns)
 

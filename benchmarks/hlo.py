@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 _BITS = {'pred': 8, 'token': 0, 'opaque': 0, 'c64': 64, 'c128': 128}
 _COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'collective-permute', 'all-to-all')
-# Instructions that move nothing, or whose traffic another instruction stands for.
+# Instructions that move nothing, or whose traffic is counted with another instruction.
 _FREE = ('parameter', 'constant', 'bitcast', 'tuple', 'get-tuple-element', 'iota', 'after-all')
 _LOOKED_THROUGH = ('bitcast', 'get-tuple-element', 'copy-start', 'copy-done', 'tuple')
 

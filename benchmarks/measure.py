@@ -118,7 +118,7 @@ def load(request: Request) -> ConfigDict:
     section, _, key = name.partition('.')
     if section not in config or not isinstance(config[section], ConfigDict):
       sections = sorted(key for key in config if isinstance(config[key], ConfigDict))
-      raise UserError(f'--set {name}: {section!r} is no section; choose {", ".join(sections)}.')
+      raise UserError(f'--set {name}: {section!r} is not a section; choose {", ".join(sections)}.')
     try:
       with config[section].unlocked():
         config[section][key] = value
@@ -257,7 +257,7 @@ class Bench:
 
 
 def _fewest_steps(config: ConfigDict, sde: SDE) -> int:
-  """The fewest steps, of a few choices, that the sampler allows; else 0, for its default."""
+  """The fewest steps, of a few choices, that the sampler allows, or 0 for its default."""
   config = config.copy_and_resolve_references()
   for steps in _SAMPLER_STEPS:
     config.sampling.n_steps = steps

@@ -20,13 +20,13 @@ Row = tuple[str, float, float]
 
 
 def trace(folder: pathlib.Path, step: Callable[[], object]) -> list[Row]:
-  """Traces three calls of `step` into `folder`; returns the dearest kinds of operations."""
+  """Traces three calls of `step` into `folder`; returns the costliest kinds of operations."""
   before = set(_runs(folder))
   with jax.profiler.trace(folder):
     for _ in range(STEPS):
       step()
   (run,) = set(_runs(folder)) - before
-  return dearest(durations(run))
+  return costliest(durations(run))
 
 
 def durations(run: pathlib.Path) -> dict[str, float]:
@@ -50,7 +50,7 @@ def durations(run: pathlib.Path) -> dict[str, float]:
   return {kind: total for kind, total in found.items() if kind not in _CONTAINERS}
 
 
-def dearest(seconds: dict[str, float], count: int = 10) -> list[Row]:
+def costliest(seconds: dict[str, float], count: int = 10) -> list[Row]:
   """The `count` kinds that take most of the time: name, seconds, share of all."""
   total = sum(seconds.values())
   ordered = sorted(seconds.items(), key=lambda item: -item[1])[:count]

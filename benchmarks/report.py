@@ -62,6 +62,6 @@ def _cells(part: dict[str, Any]) -> dict[str, str]:
 
 
 def profile_table(rows: Sequence[tuple[str, float, float]]) -> str:
-  """The dearest kinds of operations of the profiled training steps."""
+  """The costliest kinds of operations of the profiled training steps."""
   cells = [[kind, f'{seconds:.4g}', f'{share:.1%}'] for kind, seconds, share in rows]
   return align([['operation of three training steps', 'seconds', 'share'], *cells])

@@ -15,7 +15,7 @@ class Request:
     parts: some of `PARTS`.
     runs: how often each part is timed.
     overrides: values by 'section.key'.
-    cold: whether programs are compiled anew.
+    cold: whether to compile all programs again.
     profile: the folder for a trace of the training step; '' writes none.
   """
 

@@ -1,4 +1,4 @@
-"""The measured columns of the README's table of configurations.
+"""The measured columns of the table of docs/configurations.md.
 
   python -m benchmarks.table                                # all of configs/
   python -m benchmarks.table configs/vp/cifar10_ddpmpp.py   # one

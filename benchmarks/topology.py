@@ -328,7 +328,7 @@ def measure(case: Case, text_to: pathlib.Path | None = None) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-  """The versions of the packages that decide about the result."""
+  """The versions of the packages that the result depends on."""
   found = {}
   for name in ('jax', 'jaxlib', 'libtpu', 'jax-cuda12-pjrt', 'flax'):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -437,12 +437,12 @@ LAYOUTS = {
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The results that a file has; none if there is no file."""
+  """The results in a file; none if there is no file."""
   return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def find(case: Case, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-  """The result of a case; None if it is not there."""
+  """The result of a case; None if there is none."""
   wanted = json.loads(json.dumps(case.fields()))
   same = lambda row: all(row[name] == value for name, value in wanted.items())
   return next((row for row in rows if same(row)), None)

@@ -17,7 +17,7 @@ def get_default_configs() -> ml_collections.ConfigDict:
   data.dataset = 'MNIST5K'
   data.image_size = 28
   data.num_channels = 1
-  data.random_flip = False  # most mirrored digits are no digits
+  data.random_flip = False  # most mirrored digits are not digits
 
   config.eval.extractor = 'mnist5k'
 

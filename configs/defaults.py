@@ -39,7 +39,7 @@ def get_default_configs() -> ml_collections.ConfigDict:
   sampling.rho = 7.0  # exponent of the grid 'edm'
   sampling.eta = 0.0  # new noise in ddim and dpm_solver++, from 0 (the flow) to 1 (the SDE)
   sampling.churn = 0.0  # noise that heun adds and removes again
-  sampling.n_steps_each = 1  # corrector steps after each predictor step
+  sampling.n_steps_each = 1  # corrector steps before each predictor step
   sampling.noise_removal = True  # return the mean of the last step
   sampling.probability_flow = False
   sampling.snr = 0.16  # signal-to-noise ratio of the corrector
@@ -111,6 +111,10 @@ def get_default_configs() -> ml_collections.ConfigDict:
   # Of float32 products on accelerators: 'default' (TF32 on GPUs, bfloat16 on TPUs), 'bfloat16',
   # 'tensorfloat32' or 'float32'. A CPU always multiplies in float32.
   model.matmul_precision = 'default'
+  # Of NCSN++, DDPM++ and DDPM.
+  model.dtype = 'float32'  # of activations; or 'bfloat16'
+  model.remat = False  # compute activations again for the gradient instead of keeping them
+  model.remat_policy = 'nothing'  # what is kept even so; or 'products'
 
   config.optim = optim = ml_collections.ConfigDict()
   optim.optimizer = 'Adam'

@@ -105,7 +105,7 @@ class Contents:
     """The number under these keys; an array of one element counts as a number.
 
     Raises:
-      UserError: if a key is missing or the value is no number.
+      UserError: if a key is missing or the value is not a number.
     """
     value = self.at(object, *keys)
     if isinstance(value, np.ndarray | np.generic) and value.size == 1:
@@ -118,7 +118,7 @@ class Contents:
     """The number of steps or updates under these keys.
 
     Raises:
-      UserError: if a key is missing or the value is no whole number in [0, 2^31).
+      UserError: if a key is missing or the value is not a whole number in [0, 2^31).
     """
     value = self.number(*keys)
     if not 0 <= value < 2**31 or value % 1:
@@ -129,7 +129,7 @@ class Contents:
     """The leaves under these keys by path, without a level 'params' around all of them.
 
     Raises:
-      UserError: if a key is missing or the value is no dictionary.
+      UserError: if a key is missing or the value is not a dictionary.
     """
     if self.at(dict, *keys).keys() == {'params'}:
       keys = (*keys, 'params')

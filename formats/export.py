@@ -53,6 +53,24 @@ class Safetensors(Format):
     return ImportedCheckpoint(int(step), params, params, model_state=model_state, settings=settings)
 
 
+def read_config(path: pathlib.Path) -> dict[str, Content] | None:
+  """The configuration in the metadata of an export, by dotted name; None if it is no export.
+
+  Raises:
+    UserError: if the file cannot be read.
+  """
+  try:
+    with path.open('rb') as file:
+      if not Safetensors().recognises(file.read(16)):
+        return None
+    with safetensors.safe_open(path, framework='numpy') as opened:
+      recorded = _json((opened.metadata() or {}).get('config', ''))
+  except (OSError, safetensors.SafetensorError) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(f'{path} cannot be read ({reason}): give a file of --mode=export.') from error
+  return recorded if isinstance(recorded, dict) else None
+
+
 def _json(text: str) -> Content:
   """The value of a text in JSON, or the text itself if it is not JSON."""
   try:

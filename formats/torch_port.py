@@ -1,6 +1,6 @@
 """Checkpoints of the PyTorch port, and our names for its parameters.
 
-The port has the same networks with the same weights, but another way to name and to lay them out:
+The port has the same networks with the same weights, but names and stores them differently:
 
 - It keeps the modules of a network in one list, `all_modules`, in the order in which its forward
   pass takes them, and names parameters by their place in it: `all_modules.3.Conv_0.weight`. Flax

@@ -3,7 +3,7 @@
 A classifier of p(y | x_t) depends on the SDE only through the scale of x_t. Divided by alpha_t, and
 in the range [0, 1],
 
-  y_t = inverse_scaler(x_t / alpha_t) = image + sigma' z,  sigma' = (sigma_t / alpha_t) slope,
+    y_t = inverse_scaler(x_t / alpha_t) = image + sigma' z,  sigma' = (sigma_t / alpha_t) slope,
 
 where slope is the derivative of the inverse scaler. So one classifier that is conditioned on sigma'
 serves the VE, VP and sub-VP SDEs and those of users. It is trained at noise levels sigma' that are
@@ -45,6 +45,7 @@ from runtime.array_types import (
   Scaler,
 )
 from runtime.errors import UserError
+from runtime.files import locate
 from runtime.registry import Registry
 from sde_lib import SDE, batch_mul
 
@@ -175,7 +176,7 @@ def load_classifier(path: str | pathlib.Path) -> NoiseConditionalClassifier:
       "config.classifier.checkpoint='' names no file: give the classifier.safetensors "
       'of a run of --mode=train_classifier.'
     )
-  path = pathlib.Path(path).expanduser()
+  path = locate(path)
   _, info = read_classifier_file(path)
   module, params = create_classifier(jax.random.PRNGKey(0), 1, path)
   return NoiseConditionalClassifier(

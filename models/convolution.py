@@ -24,7 +24,7 @@ from runtime.array_types import Array, FeatureMaps
 Kernel = Float[Array, 'h w I O']
 Dilation = tuple[int, int]
 
-PRODUCT = 'product'  # the name of a result that is dear to compute again, for rematerialization
+PRODUCT = 'product'  # the name of a result that is costly to recompute, for rematerialization
 _DIMENSION_NUMBERS = ('NHWC', 'HWIO', 'NHWC')
 # Of one group of images in the weight gradient: more bytes would leave the cache, and fewer rows
 # would make too short a matrix product.
@@ -90,7 +90,7 @@ def _conv(x: FeatureMaps, kernel: Kernel, dilation: Dilation) -> Float[Array, 'B
 def _conv_jvp(
   dilation: Dilation, primals: tuple[Any, Any], tangents: tuple[Any, Any]
 ) -> tuple[jax.Array, jax.Array]:
-  """The sum of a part linear in the tangent of `x` and one linear in that of the kernel.
+  """The sum of a part linear in the tangent of `x` and a part linear in that of the kernel.
 
   The second brings its own transpose along, which is how reverse mode gets the weight gradient of
   this module.
@@ -115,7 +115,7 @@ def _conv_jvp(
 def _weight_grad(
   x: FeatureMaps, dy: Float[Array, 'B H W O'], *, kernel: Kernel, dilation: Dilation
 ) -> Float[Array, 'h w I O']:
-  """The gradient in the kernel, of which only the shape and type matter here."""
+  """The gradient with respect to the kernel, of which only the shape and type matter here."""
   return lax.platform_dependent(
     x,
     dy,

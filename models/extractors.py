@@ -1,9 +1,9 @@
-"""Feature extractors: networks that describe images for the numbers of sample quality.
+"""Feature extractors: networks whose features of images the metrics of sample quality compare.
 
 An extractor is registered as a function from a configuration to an `Extractor`:
 
-  @register_extractor(name='mine')
-  def mine(config) -> Extractor: ...
+    @register_extractor(name='mine')
+    def mine(config) -> Extractor: ...
 
 The FID Inception network is that of Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update
 Rule Converge to a Local Nash Equilibrium", https://arxiv.org/abs/1706.08500.
@@ -48,12 +48,12 @@ MNIST5K_FILE = ASSETS / 'mnist5k_classifier.safetensors'
 
 @dataclasses.dataclass(frozen=True)
 class Extractor:
-  """A network that describes images by features and logits.
+  """A network that computes features and logits of images.
 
   Attributes:
     name: its registered name, which is part of the name of every number.
     scaling: name of the map from grey levels to the input of the network.
-    fingerprint: of the weights; features by other weights cannot be compared with these.
+    fingerprint: of the weights; features of other weights cannot be compared with these.
     num_features: length of a feature vector.
     params: the weights.
     forward: a function `(params, images) -> outputs`, which is compiled. The images are uint8
@@ -79,7 +79,7 @@ class Extractor:
     return functools.partial(forward, parallelism.replicate(self.params))
 
   def extract_global(self, images: Shaped[Array, 'B H W C']) -> dict[str, Float[np.ndarray, 'B _']]:
-    """Describes a global array of images; every process gets the whole result.
+    """Features and logits of a global array of images; every process gets the whole result.
 
     Args:
       images: grey levels, uint8 (B, H, W, C).
@@ -88,7 +88,7 @@ class Extractor:
       'pool_3', (B, num_features), and 'logits', (B, K), in single precision.
 
     Raises:
-      UserError: if the images are of another type, or the outputs of another shape than declared.
+      UserError: if the images are not uint8, or the outputs do not have the declared shapes.
     """
     if images.dtype != np.uint8:
       raise UserError(
@@ -107,7 +107,7 @@ class Extractor:
     return {'pool_3': pool_3, 'logits': logits}
 
   def __call__(self, images: Shaped[np.ndarray, 'B H W C']) -> dict[str, Float[np.ndarray, 'B _']]:
-    """Describes any number of images that every process holds.
+    """Features and logits of any number of images that every process holds.
 
     Args:
       images: grey levels, uint8 (B, H, W, C).
@@ -157,8 +157,8 @@ def get_inception_model(path: str | pathlib.Path = '', scaling: str = 'tfgan') -
   It has 2048 features and 1008 logits; the logits are without bias, as for the Inception score.
 
   Args:
-    path: of the weights; if it is empty, the variable SCORE_SDE_INCEPTION has the path, and without
-      it the file is in `assets/`.
+    path: of the weights; if it is empty, the environment variable SCORE_SDE_INCEPTION gives it, and
+      if that is not set either, the file is looked for in `assets/`.
     scaling: 'tfgan' for (x - 127.5) / 127.5, 'ttur' for (x - 128) / 128.
 
   Raises:
@@ -216,7 +216,7 @@ def _mnist5k(config: ConfigDict) -> Extractor:
   """The classifier of MNIST5K that comes with this repository, at its smallest noise level.
 
   Raises:
-    UserError: if the images are of another shape than those that it was trained on.
+    UserError: if the images do not have the shape of those that it was trained on.
   """
   trained = load_classifier(MNIST5K_FILE)
   data = config.data
@@ -245,7 +245,7 @@ def _mnist5k(config: ConfigDict) -> Extractor:
 
 @register_extractor(name='pixels')
 def _pixels(config: ConfigDict) -> Extractor:
-  """The mean grey levels, in [0, 1], of 8 x 8 blocks: they need no weights, and see no detail.
+  """The mean grey levels, in [0, 1], of 8 x 8 blocks: they need no weights, and miss all detail.
 
   Raises:
     UserError: if the images cannot be cut into 8 x 8 blocks of one size.

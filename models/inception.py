@@ -2,7 +2,7 @@
 
 These are the first published weights of Inception-v3. The network differs a little from that of the
 paper: it has 1008 classes, its mean pooling leaves the padding out of the mean, and its last block
-pools by the maximum. Normalizations are folded into the convolutions before them, since nothing is
+uses max pooling. Normalizations are folded into the convolutions before them, since nothing is
 trained here.
 
 References:
@@ -192,11 +192,11 @@ class _Block8(nn.Module):
 
 
 class FIDInception(nn.Module):
-  """Inception-v3 with the outputs that the FID, the KID and the Inception score are made of."""
+  """Inception-v3 with the outputs that FID, KID and the Inception score are computed from."""
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B 299 299 3']) -> dict[str, Float[Array, 'B _']]:
-    """Describes scaled images, (B, 299, 299, 3), by features and logits.
+    """The features and logits of scaled images, (B, 299, 299, 3).
 
     Returns:
       '64', '192' and '768', (B, 64), (B, 192) and (B, 768): means over the pixels after the first

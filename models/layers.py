@@ -42,7 +42,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def get_act(name: str) -> Activation:
-  """The activation that `model.nonlinearity` names, in whatever case.
+  """The activation that `model.nonlinearity` names; the case does not matter.
 
   Raises:
     UserError: if no activation has this name.
@@ -75,7 +75,7 @@ def in_dtype_of_input(
 
   Args:
     x: the input of the layer, of any shape.
-    *params: its parameters; None stands for one that it does without.
+    *params: its parameters; None for one that it does not have.
     **kwargs: ignored.
 
   Returns:
@@ -108,9 +108,9 @@ def remat_policy(name: str) -> Callable[..., bool]:
 def rematerialized(block: type[nn.Module], remat: bool, policy: str = 'nothing') -> type[nn.Module]:
   """Returns the class `block`, rematerialized if `remat` is set.
 
-  A rematerialized block computes its intermediate values again for the gradient instead of keeping
+  A rematerialized block recomputes its intermediate values for the gradient instead of keeping
   them; with the policy 'products' it keeps the results of convolutions and attention, and
-  computes only the cheap operations between them again. The class keeps its name, since parameters
+  recomputes only the cheap operations between them. The class keeps its name, since parameters
   are named after it. An argument `train` must be a Python bool.
   """
   if not remat:
@@ -126,7 +126,7 @@ def check_halvings(image_size: int, ch_mult: Sequence[int]) -> None:
   """Refuses images that cannot be halved between the resolutions of a U-Net.
 
   Raises:
-    UserError: if `image_size` is no multiple of 2^(len(ch_mult) - 1).
+    UserError: if `image_size` is not a multiple of 2^(len(ch_mult) - 1).
   """
   halvings = len(ch_mult) - 1
   if image_size % 2**halvings:
@@ -158,7 +158,7 @@ def conv3x3(features: int, init_scale: float = 1.0, stride: int = 1, **kwargs: A
 
 
 def conv1x1(features: int, init_scale: float = 1.0, **kwargs: Any) -> nn.Conv:
-  """A 1x1 convolution with DDPM's initialization; arguments as of `conv3x3`."""
+  """A 1x1 convolution with DDPM's initialization; the arguments are those of `conv3x3`."""
   return _conv(features, 1, init_scale, **kwargs)
 
 
@@ -257,7 +257,7 @@ def get_timestep_embedding(
 
   Args:
     timesteps: (B,), typically in 0...999.
-    embedding_dim: length of an embedding; where it is odd, a zero comes last.
+    embedding_dim: length of an embedding; if it is odd, the last entry is zero.
     max_positions: the inverse of the lowest frequency.
 
   Returns:
@@ -273,7 +273,7 @@ def get_timestep_embedding(
 def sigma_of_label(
   labels: TimeLabels, *, sigma_min: float, sigma_max: float, num_scales: int
 ) -> PerExample:
-  """Looks up sigma by its number among noise levels in geometric progression.
+  """The noise level sigma of a given number, out of a geometric progression.
 
   sigma_i = sigma_max (sigma_min / sigma_max)^(i / (num_scales - 1)) for i = 0...num_scales-1.
 

@@ -74,9 +74,9 @@ class NCSNpp(nn.Module):
     normalization: 'GroupNorm'.
     scale_by_sigma: divide the output by the noise level.
     dtype: type of its activations, 'float32' or 'bfloat16'; parameters and output are float32.
-    remat: compute the activations of a block again for the gradient instead of keeping them.
-    remat_policy: what is kept even so, 'nothing' or 'products', the results of convolutions
-      and attention.
+    remat: recompute the activations of a block for the gradient instead of keeping them.
+    remat_policy: what is kept all the same: 'nothing', or 'products', the results of
+      convolutions and attention.
   """
 
   image_size: int
@@ -132,7 +132,7 @@ class NCSNpp(nn.Module):
 
   @nn.compact
   def __call__(self, x: Images, time_cond: TimeLabels, train: bool = True) -> Images:
-    """Predicts the score at x_t if `scale_by_sigma` is set, and else the noise in x_t.
+    """Predicts the score at x_t if `scale_by_sigma` is set, otherwise the noise in x_t.
 
     Args:
       x: x_t, (B, H, W, C), in the range of the scaled data.

@@ -61,9 +61,9 @@ class _RefineNet(nn.Module):
     normalization: name of the normalization of the residual blocks.
     scale_by_sigma: divide the output by the noise level.
     dtype: type of its activations, 'float32' or 'bfloat16'; parameters and output are float32.
-    remat: compute the activations of a block again for the gradient instead of keeping them.
-    remat_policy: what is kept even so, 'nothing' or 'products', the results of convolutions
-      and attention.
+    remat: recompute the activations of a block for the gradient instead of keeping them.
+    remat_policy: what is kept all the same: 'nothing', or 'products', the results of
+      convolutions and attention.
   """
 
   image_size: int
@@ -118,7 +118,7 @@ class _RefineNet(nn.Module):
     Args:
       x: x_t, (B, H, W, C), in the range of the scaled data.
       labels: indices of noise levels, (B,), in 0...num_scales-1; 0 is the largest.
-      train: ignored, for the network has no dropout.
+      train: ignored, since the network has no dropout.
 
     Returns:
       An array shaped as `x`, in float32.
@@ -211,7 +211,7 @@ class NCSN(_RefineNet):
     """Checks the fields before the network is used.
 
     Raises:
-      UserError: as `NCSNv2_64.check`, for another normalization than 'InstanceNorm++', or if
+      UserError: as `NCSNv2_64.check`, for a normalization other than 'InstanceNorm++', or if
         `num_classes` is less than `num_scales`.
     """
     super().check()

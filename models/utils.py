@@ -4,6 +4,7 @@ The score of a network is that of Song et al. 2021, "Score-Based Generative Mode
 Stochastic Differential Equations", https://arxiv.org/abs/2011.13456.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -90,10 +91,22 @@ def initializer(
 ) -> Callable[[RandomKey], tuple[PyTree, PyTree]]:
   """The function `rng -> (other collections, parameters)`, which is to be compiled."""
   size = config.data.image_size
+  shape = (1, size, size, config.data.num_channels)
+  try:
+    return _initializer(model, shape)
+  except TypeError:  # a field of the network has no hash
+    return _initializer.__wrapped__(model, shape)
 
+
+# Kept, so that a process that asks for shapes and then for parameters traces the network once.
+@functools.cache
+def _initializer(
+  model: nn.Module, shape: tuple[int, ...]
+) -> Callable[[RandomKey], tuple[PyTree, PyTree]]:
+  @jax.jit
   def init(rng: RandomKey) -> tuple[PyTree, PyTree]:
     params_rng, dropout_rng = jax.random.split(rng)
-    image = jnp.zeros((1, size, size, config.data.num_channels))
+    image = jnp.zeros(shape)
     rngs = {'params': params_rng, 'dropout': dropout_rng}
     model_state = dict(model.init(rngs, image, jnp.ones((1,)), train=False))
     params = model_state.pop('params')

@@ -41,7 +41,7 @@ def _uniform(bound: float) -> nn.initializers.Initializer:
 
 
 def _activation(x: FeatureMaps, name: str) -> FeatureMaps:
-  """Normalization and ReLU, named after the batch normalization that it stands for."""
+  """Normalization and ReLU, named after the batch normalization that it replaces."""
   return nn.relu(GroupNorm(epsilon=1e-5, name=name)(x))
 
 
@@ -129,7 +129,7 @@ class WideResnet(nn.Module):
   def __call__(
     self, x: Images, sigmas: PerExample, train: bool = True, pooled: bool = False
   ) -> Float[Array, 'B D']:
-    """Returns the logits of noisy images, or with `pooled` the features that they are made of.
+    """Returns the logits of noisy images, or with `pooled` the features before the last layer.
 
     Args:
       x: images with noise, (B, H, W, C).
@@ -172,7 +172,7 @@ class WideResnet(nn.Module):
   ) -> Float[Array, 'B {64*self.channel_multiplier}']:
     """Returns the pooled features before the last layer, (B, 64 channel_multiplier).
 
-    Arguments are as of `__call__`. Call it as
+    The arguments are those of `__call__`. Call it as
     `module.apply({'params': params}, x, sigmas, method='features')`.
     """
     return self(x, sigmas, train=False, pooled=True)

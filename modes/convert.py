@@ -4,8 +4,10 @@ A file is recognised by its content. It is read, checked against the configured 
 into a training state before anything is written to the working directory.
 """
 
+import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import flax.traverse_util
@@ -20,6 +22,7 @@ from ml_collections import ConfigDict
 
 import train_state
 from formats import FORMATS, ImportedCheckpoint
+from models.layers import is_frequency
 from modes.loading import load_weights
 from modes.training_loop import open_run
 from runtime import checkpoints, configuration, parallelism, reporting, weights
@@ -73,7 +76,19 @@ def read_state(config: ConfigDict, checkpoint: str | None) -> State:
   """
   if not checkpoint:
     raise UserError('--mode=import needs the file to import: add --checkpoint=FILE.')
-  path = pathlib.Path(checkpoint).expanduser()
+  return _read(config, pathlib.Path(checkpoint).expanduser(), _to_state)
+
+
+def read_weights(config: ConfigDict, path: pathlib.Path) -> State:
+  """As `read_state`, but only the EMA parameters, as sampling and evaluation use them."""
+  return _read(config, path, _to_weights)
+
+
+def _read(
+  config: ConfigDict,
+  path: pathlib.Path,
+  convert: Callable[[ConfigDict, pathlib.Path, ImportedCheckpoint], State],
+) -> State:
   try:
     with path.open('rb') as file:
       head = file.read(_HEAD)
@@ -87,7 +102,7 @@ def read_state(config: ConfigDict, checkpoint: str | None) -> State:
     raise UserError(f'--checkpoint={path} is of no known format: import {", or ".join(formats)}.')
   try:
     imported = formats[known[0]].read(path, config)
-    return _to_state(config, path, imported)
+    return convert(config, path, imported)
   except UserError:
     raise
   except Exception as error:  # a hostile file can make a parser raise anything
@@ -98,8 +113,8 @@ def read_state(config: ConfigDict, checkpoint: str | None) -> State:
     ) from error
 
 
-def _to_state(config: ConfigDict, path: pathlib.Path, imported: ImportedCheckpoint) -> State:
-  """The state from which training resumes, and which evaluation reads."""
+def _to_weights(config: ConfigDict, path: pathlib.Path, imported: ImportedCheckpoint) -> State:
+  """The state that sampling and evaluation use."""
   configured = configuration.flatten(config)
   for name, value in imported.settings.items():
     if not _same(configured[name], value):
@@ -111,16 +126,24 @@ def _to_state(config: ConfigDict, path: pathlib.Path, imported: ImportedCheckpoi
     raise UserError(f'{path} has step={imported.step}, which must be in [0, 2^31): it is damaged.')
 
   _, like = train_state.abstract_state(config)
-  model = f'{path} does not fit model.name={config.model.name} as configured'
+  fit = _fitter(config, path)
+  averages = imported.params if imported.params_ema is None else imported.params_ema
+  what = 'parameters' if averages is imported.params else 'averages'
+  return train_state.weights_only(like).replace(
+    step=jnp.asarray(imported.step, jnp.int32),
+    params_ema=fit(what, averages, like.params),
+    model_state=fit('other collections', imported.model_state, like.model_state),
+  )
 
-  def fit(what: str, arrays: Arrays, like: PyTree) -> PyTree:
-    return _fit(f'{model}; its {what}: ', arrays, like)
 
+def _to_state(config: ConfigDict, path: pathlib.Path, imported: ImportedCheckpoint) -> State:
+  """The state from which training resumes."""
+  state = _to_weights(config, path, imported)
+  _, like = train_state.abstract_state(config)
+  fit = _fitter(config, path)
   params = fit('parameters', imported.params, like.params)
-  params_ema = imported.params if imported.params_ema is None else imported.params_ema
-  step = jnp.asarray(imported.step, jnp.int32)
   opt_state = train_state.get_optimizer(config).init(params)
-  opt_state = _set(opt_state, 'ScaleByScheduleState', count=step)
+  opt_state = _set(opt_state, 'ScaleByScheduleState', count=state.step)
   if imported.moments:
     opt_state = _set(
       opt_state,
@@ -131,14 +154,7 @@ def _to_state(config: ConfigDict, path: pathlib.Path, imported: ImportedCheckpoi
     )
   else:
     logging.warning('%s has no state of an optimizer: Adam starts anew.', path)
-  return State(
-    step=step,
-    params=params,
-    params_ema=fit('averages', params_ema, like.params),
-    opt_state=opt_state,
-    model_state=fit('other collections', imported.model_state, like.model_state),
-    ema_rate=config.model.ema_rate,
-  )
+  return state.replace(params=params, opt_state=opt_state)
 
 
 def _same(ours: Any, theirs: Any) -> bool:
@@ -164,14 +180,19 @@ def _set(opt_state: PyTree, kind: str, **fields: PyTree) -> PyTree:
     ) from error
 
 
-def _fit(where: str, arrays: Arrays, like: PyTree) -> PyTree:
-  """As `weights.fit`, but raises a sentence that begins with `where`."""
-  try:
-    return weights.fit(arrays, like)
-  except weights.Misfit as error:
-    raise UserError(
-      f'{where}{error}. Give the configuration that the file was trained with.'
-    ) from error
+def _fitter(config: ConfigDict, path: pathlib.Path) -> Callable[[str, Arrays, PyTree], PyTree]:
+  """As `weights.fit`, but told what the arrays are, for the sentence of an error."""
+
+  def fit(what: str, arrays: Arrays, like: PyTree) -> PyTree:
+    try:
+      return weights.fit(arrays, like)
+    except weights.Misfit as error:
+      raise UserError(
+        f'{path} does not fit model.name={config.model.name} as configured; its {what}: {error}. '
+        f'Give the configuration that the file was trained with.'
+      ) from error
+
+  return fit
 
 
 def export_checkpoint(
@@ -180,8 +201,11 @@ def export_checkpoint(
   *,
   checkpoint: str | None = None,
   number: int | None = None,
+  dtype: str = 'float32',
 ) -> pathlib.Path:
   """See `run_lib.export_checkpoint`; `config` comes from `preparation.prepare`."""
+  if dtype not in ('float32', 'float16'):
+    raise UserError(f'Unknown --dtype={dtype}: choose float32 or float16.')
   _, state = load_weights(config, workdir, number)
 
   step = int(state.step)
@@ -189,12 +213,27 @@ def export_checkpoint(
   if path.exists():
     raise UserError(f'--checkpoint={path} exists: choose another file for the export.')
   variables = {'params': state.params_ema, **state.model_state}
-  arrays = {
-    name: np.ascontiguousarray(x)
-    for name, x in flax.traverse_util.flatten_dict(variables, sep='/').items()
-  }
+  stored = jax.tree_util.tree_map_with_path(functools.partial(_stored, dtype), variables)
+  arrays = flax.traverse_util.flatten_dict(stored, sep='/')
   metadata = {'step': str(step), 'config': json.dumps(configuration.flatten(config))}
   if jax.process_index() == 0:
     reporting.write_atomic(path, safetensors.numpy.save(arrays, metadata))
   logging.info('Exported step %d to %s.', step, path)
   return path
+
+
+def _stored(dtype: str, path: tuple[Any, ...], x: jax.Array) -> np.ndarray:
+  """A variable as it is written to a file of weights in `dtype`."""
+  x = np.ascontiguousarray(x)
+  # The noise level multiplies frequencies, and their rounding errors with them, before the sine.
+  if is_frequency(path, x) or not np.issubdtype(x.dtype, np.floating):
+    return x
+  with np.errstate(over='ignore'):  # reported below
+    stored = x.astype(dtype)
+  if not np.isfinite(stored).all():
+    name = '/'.join(part.key for part in path)
+    raise UserError(
+      f'{name} has a weight of {np.abs(x).max():.3g}, which --dtype={dtype} cannot represent: use '
+      f'--dtype=float32.'
+    )
+  return stored

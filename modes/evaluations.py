@@ -2,8 +2,8 @@
 
 An evaluation is a registered class, which `eval.enable_<name>` turns on:
 
-  @register_evaluation(name='mine')
-  class Mine(Evaluation): ...
+    @register_evaluation(name='mine')
+    class Mine(Evaluation): ...
 """
 
 import abc

@@ -92,7 +92,7 @@ def _rounded(values: Float[np.ndarray, ' C']) -> list[float]:
 
 
 def _histogram(labels: list[int], names: tuple[str, ...]) -> dict[str, int]:
-  """The number of images of each class, by its name or else its number."""
+  """The number of images of each class, by its name, or its number if it has no name."""
   counts = np.bincount(np.asarray(labels), minlength=len(names))
   return {
     names[i] if i < len(names) else str(i): int(count)

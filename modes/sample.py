@@ -25,16 +25,16 @@ import tqdm
 from absl import logging
 from ml_collections import ConfigDict
 
-import controllable_generation
 import datasets
 import sampling
 import sde_lib
+from modes.drawing import TaskSampler, round_sizes
 from modes.loading import load_weights
 from runtime import configuration, parallelism, reporting
 from runtime.array_types import GreyLevels, Labels
 from runtime.configuration import differences
 from runtime.errors import UserError
-from runtime.rng import stream
+from runtime.files import locate
 from runtime.settings import read_keys
 from runtime.workdir import STORAGE, at_work, of_model, read_json
 from sde_lib import SDE
@@ -50,7 +50,7 @@ def sample(config: ConfigDict, workdir: pathlib.Path, checkpoint_number: int | N
   settings = config.sampling
   name = f'{settings.task}_{settings.method}_step_{int(state.step)}_seed_{config.seed}'
   directory = workdir / 'samples' / name.lower()
-  sampler = sampling.get_sampling_fn(config, sde, model, draw.shape, draw.inverse_scaler)
+  sampler = draw.compile(model)
   with at_work(directory, '--workdir'):
     _record_settings(directory, _settings(config, read, draw.source, state=state))
     sizes = round_sizes(settings.num_samples, settings.batch_size)
@@ -62,11 +62,6 @@ def sample(config: ConfigDict, workdir: pathlib.Path, checkpoint_number: int | N
     if jax.process_index() == 0:
       reporting.write_comparison(directory, len(sizes), settings.num_samples)
     logging.info('%d samples: %s', settings.num_samples, directory)
-
-
-def round_sizes(count: int, batch_size: int) -> list[int]:
-  """How many samples each round keeps: `batch_size` each, and the remainder in the last."""
-  return [min(batch_size, count - start) for start in range(0, count, batch_size)]
 
 
 def _is_done(directory: pathlib.Path, number: int, size: int) -> bool:
@@ -89,7 +84,7 @@ def _settings(
   settings = {name: flat.get(name) for name in names}
   settings['checkpoint'] = weights_checksum(state)
   if 'classifier.checkpoint' in read:
-    content = pathlib.Path(config.classifier.checkpoint).expanduser().read_bytes()
+    content = locate(config.classifier.checkpoint).read_bytes()
     settings['classifier'] = hashlib.sha256(content).hexdigest()[:16]
   if fingerprint := getattr(source, 'fingerprint', None):
     settings['data.fingerprint'] = fingerprint
@@ -122,7 +117,7 @@ def weights_checksum(state: State) -> str:
   return digest.hexdigest()[:16]
 
 
-class RoundSampler:
+class RoundSampler(TaskSampler):
   """Draws batches under the configured task and writes them.
 
   Args:
@@ -130,9 +125,6 @@ class RoundSampler:
     sde: the forward SDE.
 
   Attributes:
-    shape: (B, H, W, C) of a batch.
-    inverse_scaler: maps the network's range to [0, 1].
-    nfe: function evaluations of the network in a round, as far as the sampler fixes them.
     source: the test images, for tasks that use them; else None.
 
   Raises:
@@ -140,22 +132,13 @@ class RoundSampler:
   """
 
   def __init__(self, config: ConfigDict, sde: SDE):
-    settings, data = config.sampling, config.data
+    settings = config.sampling
     datasets.check_batch_size(settings.batch_size, 'sampling.batch_size')
     if settings.num_samples < 1:
       raise UserError(f'sampling.num_samples={settings.num_samples} must be at least 1.')
-    self.shape = (settings.batch_size, data.image_size, data.image_size, data.num_channels)
-    self.inverse_scaler = datasets.get_data_inverse_scaler(config)
-    self._scaler = datasets.get_data_scaler(config)
-    self._config, self._settings = config, settings
-    self._root = stream(config.seed, 'sample_mode')
-    self._task = controllable_generation.get_task(config, sde, self.inverse_scaler)
-    zeros = jax.numpy.zeros((2, *self.shape[1:])), jax.numpy.zeros(2, int)
-    sampling.check(config, sde, self._task.condition(*zeros))
-    chosen = sampling.get_sampler(config, sde)
-    sampling.batch_rng(config, self._root, 0, size=1)
-    self.nfe = chosen.n_steps * chosen.nfe_per_step
-    self.source = datasets.get_source(config, 'test') if self._task.uses_images else None
+    super().__init__(config, sde)
+    self._seed, self._settings = config.seed, settings
+    self.source = datasets.get_source(config, 'test') if self.task.uses_images else None
 
   def __call__(
     self,
@@ -182,24 +165,21 @@ class RoundSampler:
     """
     index = number * self.shape[0] + np.arange(self.shape[0])
     originals, labels = self._examples(index)
-    images = self._scaler(originals / np.float32(255))
-    condition = self._task.condition(jax.numpy.asarray(images), jax.numpy.asarray(labels))
-    rng = sampling.batch_rng(self._config, self._root, number, size=self.shape[0])
+    images = originals / np.float32(255)
+    condition = self.condition(images, labels)
     every = self._settings.trajectory_every if number == 0 else 0
     callback = reporting.SamplingProgress(bar, self.nfe, every)
     start = time.perf_counter()
-    samples, nfe = sampler(
-      rng, state, condition=parallelism.replicate(condition), callback=callback
+    samples, nfe = self.draw(
+      sampler, state, self.rng(self._seed, number), condition=condition, callback=callback
     )
-    samples = parallelism.to_host(samples)
-    reporting.check_finite(samples, 'samples', int(state.step))
     samples = reporting.to_uint8(samples)[:size]
     seconds = time.perf_counter() - start
     if jax.process_index() != 0:
       return
     arrays = {'samples': samples, 'labels': labels[:size]}
     if self.source is not None:
-      observed = self.inverse_scaler(self._task.observed(condition, images))
+      observed = self.inverse_scaler(self.task.observed(condition, self.scaler(images)))
       arrays |= {'given': reporting.to_uint8(observed)[:size], 'originals': originals[:size]}
     reporting.write_npz(directory / f'samples_{number}.npz', **arrays)
     if callback.frames:
@@ -208,7 +188,7 @@ class RoundSampler:
       'task': self._settings.task,
       'method': self._settings.method,
       'step': int(state.step),
-      'seed': self._config.seed,
+      'seed': self._seed,
       'round': number,
       'samples': len(samples),
       'nfe': nfe,
@@ -221,7 +201,7 @@ class RoundSampler:
   def _examples(self, index: np.ndarray) -> tuple[GreyLevels, Labels]:
     """Test images as grey levels, in an order that the seed determines, and their labels."""
     if self.source is None:
-      return np.zeros(self.shape, np.uint8), self._task.labels(index)
-    order = np.random.RandomState(self._config.seed).permutation(len(self.source))
+      return np.zeros(self.shape, np.uint8), self.task.labels(index)
+    order = np.random.RandomState(self._seed).permutation(len(self.source))
     examples = [self.source[order[i % len(order)]] for i in index]
     return np.stack([e['image'] for e in examples]), np.stack([e['label'] for e in examples])

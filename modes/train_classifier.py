@@ -1,7 +1,7 @@
 """`--mode=train_classifier`: trains the noise-conditional classifier of `models.classifier`.
 
 It minimizes the cross entropy of p(y | image + sigma z) at random noise levels sigma, uniform in
-the logarithm between `classifier.sigma_min` and `classifier.sigma_max`, in units of images of range
+the logarithm between `classifier.sigma_min` and `classifier.sigma_max`, in units of images in
 [0, 1].
 """
 
@@ -146,7 +146,7 @@ def _own_config(config: ConfigDict) -> ConfigDict:
   config.optim.weight_decay = section.weight_decay
   config.model.name = section.name
   config.model.ema_rate = section.ema_rate
-  config.data.centered = False  # the classifier sees images of range [0, 1] under every SDE
+  config.data.centered = False  # the classifier sees images in [0, 1] under every SDE
   return config
 
 

@@ -98,7 +98,7 @@ class CheckpointReader:
     return f'{zlib.crc32(metadata.encode()):08x}'
 
   def restore(self, number: int, like: PyTree) -> PyTree:
-    """Restores checkpoint `number`, laid out over the devices of now, whatever they were then.
+    """Restores checkpoint `number` on the present devices, whatever devices it was saved from.
 
     Args:
       number: the number of the checkpoint.

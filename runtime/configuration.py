@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import runpy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,21 @@ LEGACY: dict[str, Callable[[Any], Any]] = {
   'optim.amsgrad': lambda config: False,
   'training.loss': lambda config: config.training.sde,
 }
+
+
+def read_file(path: str, argument: str = '') -> ConfigDict:
+  """The result of `get_config()`, or `get_config(argument)`, of a configuration file.
+
+  Raises:
+    UserError: if the file has no such function.
+  """
+  get_config = runpy.run_path(path).get('get_config')
+  if get_config is None:
+    raise UserError(f'{path} has no function get_config(): define one that returns a ConfigDict.')
+  try:
+    return get_config(argument) if argument else get_config()
+  except TypeError as error:
+    raise UserError(f'{path}: {error}; give {path}:argument, or leave the argument out.') from error
 
 
 def complete(config: ConfigDict, extra: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
@@ -56,6 +72,25 @@ def complete(config: ConfigDict, extra: Mapping[str, Mapping[str, Any]]) -> Conf
           _check_type(f'{section}.{key}', value, known[key])
         filled[section][key] = value
   return filled
+
+
+def override(
+  config: ConfigDict, section: str, values: Mapping[str, Any], fixed: Iterable[str] = ()
+) -> ConfigDict:
+  """A copy of a complete configuration with other values in one section, but for the `fixed` keys.
+
+  Raises:
+    UserError: if a key is unknown or fixed, or a value has the wrong type.
+  """
+  changed = config.copy_and_resolve_references()
+  known = set(config[section]) - set(fixed)
+  with changed.unlocked():
+    for key, value in values.items():
+      if key not in known:
+        raise UserError(_unknown(f'config.{section} key', key, known))
+      _check_type(f'{section}.{key}', value, config[section][key])
+      changed[section][key] = value
+  return changed
 
 
 def _without_legacy(config: ConfigDict) -> ConfigDict:
@@ -112,6 +147,18 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     else:
       flat[key] = value
   return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The inverse of `flatten`: nested dictionaries from values by dotted name."""
+  nested: dict[str, Any] = {}
+  for name, value in flat.items():
+    *sections, key = name.split('.')
+    section = nested
+    for part in sections:
+      section = section.setdefault(part, {})
+    section[key] = value
+  return nested
 
 
 def plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,18 @@ try:
 except ImportError:  # Windows, where two processes in one folder go unnoticed
   fcntl = None
 
+REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+def locate(path: str | pathlib.Path) -> pathlib.Path:
+  """A path as given, with `~` expanded; or in the repository, if it exists only there.
+
+  So `assets/...` in a configuration names the same file whatever the working directory.
+  """
+  given = pathlib.Path(path).expanduser()
+  inside = REPOSITORY / given
+  return inside if inside.exists() and not given.exists() else given
+
 
 def lock(file: IO, *, wait: bool = False) -> bool:
   """Locks an open file; the system unlocks it when it is closed or the process ends, however.

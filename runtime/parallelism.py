@@ -36,15 +36,15 @@ _layout = {'mesh': None}
 
 
 def lay_out(fsdp: int = 1, spatial: int = 1, devices: Sequence[jax.Device] | None = None) -> None:
-  """Lays the devices out as a mesh of shape (data, fsdp, spatial), for all that is compiled later.
+  """Lays the devices out as a mesh (data, fsdp, spatial), for everything that is compiled later.
 
   Args:
     fsdp: over how many devices the parameters are split.
     spatial: over how many devices the height of an image is split.
-    devices: the devices; all of all processes by default.
+    devices: the devices; by default those of all processes.
 
   Raises:
-    UserError: if the devices cannot be laid out so.
+    UserError: if the devices cannot be laid out in this way.
   """
   devices = jax.devices() if devices is None else devices
   for name, size in (('fsdp', fsdp), ('spatial', spatial)):
@@ -93,7 +93,7 @@ def batch_sharding(axis: int = 0) -> NamedSharding:
 
 
 def parameter_sharding(x: _Array | jax.ShapeDtypeStruct) -> NamedSharding:
-  """The sharding of a parameter, or of what belongs to one, such as a moment of the optimizer.
+  """The sharding of a parameter, or of an array that goes with it, such as a moment of Adam.
 
   The longest axis that `fsdp` divides is split; small arrays and those without one stay whole.
   """

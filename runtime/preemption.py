@@ -10,7 +10,7 @@ from runtime import parallelism
 
 
 class Preemption:
-  """Turns SIGTERM and SIGINT into a request to save and stop; a second SIGINT stops at once.
+  """Turns SIGTERM, SIGINT and SIGHUP into a request to save and stop; a second SIGINT stops at once.
 
   Use it as a context manager, which handles the signals until it exits.
   """
@@ -19,8 +19,11 @@ class Preemption:
     self._signalled = False
     # Only the main thread may handle signals; a training elsewhere is stopped by its caller.
     in_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
-    self._previous = {number: signal.signal(number, self._handle) for number in numbers}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    hangup = getattr(signal, 'SIGHUP', None)  # sent when a terminal closes; Windows has none
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # as under nohup
+      numbers.append(hangup)
+    self._previous = {n: signal.signal(n, self._handle) for n in numbers if in_main}
     return self
 
   def _handle(self, number: int, frame: Any) -> None:

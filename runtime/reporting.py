@@ -70,7 +70,7 @@ def check_finite(values: _Floats, what: str, step: int) -> None:
 
 
 def to_uint8(images: _Floats) -> _Levels:
-  """Images of range [0, 1] as grey levels, by truncation, as for the published samples.
+  """Images in [0, 1] as grey levels, by truncation, as for the published samples.
 
   The small number added keeps a grey level that was divided by 255 the same: rounding errors do
   not take it one level down.
@@ -106,7 +106,7 @@ def image_grid(images: GreyLevels, columns: int | None = None, padding: int = 2)
 
 
 def write_samples(directory: pathlib.Path, images: Images) -> None:
-  """Writes images (B, H, W, C) of range [0, 1]: `sample.npz` (uint8), then `sample.png`."""
+  """Writes images (B, H, W, C) in [0, 1]: `sample.npz` (uint8), then `sample.png`."""
   images = to_uint8(images)
   write_npz(directory / 'sample.npz', samples=images)
   write_png(directory / 'sample.png', image_grid(images))
@@ -231,7 +231,7 @@ class MetricWriter(contextlib.AbstractContextManager):
       kept = self._path.with_name('metrics-damaged.jsonl')
       shutil.copyfile(self._path, kept)
       logging.warning(
-        '%s has %d lines that are no metrics, such as %.40r: they are dropped; %s has a copy.',
+        '%s has %d lines that are not metrics, such as %.40r: they are dropped; %s has a copy.',
         self._path,
         len(garbage),
         garbage[0],
@@ -248,7 +248,7 @@ class MetricWriter(contextlib.AbstractContextManager):
       self._tensorboard.add_scalar(name, float(value), step)
 
   def images(self, name: str, images: Images, step: int) -> None:
-    """Records a grid of images (B, H, W, C) of range [0, 1] in TensorBoard."""
+    """Records a grid of images (B, H, W, C), in [0, 1], in TensorBoard."""
     if self._active:
       grid = np.atleast_3d(np.asarray(image_grid(to_uint8(images))))
       self._tensorboard.add_image(name, grid, step, dataformats='HWC')
@@ -278,7 +278,7 @@ def log_to_console() -> None:
 
 
 class _LogFile(logging.logging.FileHandler):
-  """A log file that a full disk ends with one sentence, while the run itself may proceed."""
+  """A log file that ends with one sentence if the disk is full, while the run itself goes on."""
 
   def handleError(self, record: Any) -> None:
     del record

@@ -1,7 +1,7 @@
 """The random streams of a run, and random keys of both kinds.
 
-Every kind of random numbers has a stream of its own, a fold of the seed, and every draw from it is
-a fold of the step, the round or the image. So a checkpoint needs no state of random numbers.
+Each kind of random numbers has a stream of its own, a fold of the seed, and each draw from it is a
+fold of the step, the round or the image. So a checkpoint needs no state of a random generator.
 
 Keys are typed, `jax.random.key`, or raw, `jax.random.PRNGKey`. JAX's own functions take both and
 draw the same numbers from them. Only the shape differs: a raw key is an array of 32-bit words.

@@ -302,7 +302,7 @@ def _number(kind: _NumberType, data: bytes) -> int | float | bool:
 
 def _encode(text: str, _: str = 'latin1') -> bytes:
   if len(text) > 8:
-    raise ValueError('bytes that are no NumPy number')
+    raise ValueError('bytes that are not a NumPy number')
   return text.encode('latin1')
 
 

@@ -320,7 +320,7 @@ def compile_sampler(
     return inverse_scaler(result(condition, carry))
 
   def sample(
-    rng: Any,  # `key_shape` refuses what is no key, with an error for users
+    rng: Any,  # `key_shape` refuses anything but keys, with an error for users
     state: State,
     z: Images | None = None,
     *,

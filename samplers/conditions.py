@@ -28,7 +28,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.fft
 from jaxtyping import Float, Integer, Shaped
 
 from runtime.array_types import Array, Batch, Images, Labels, PerExample, RandomKey, Scalar
@@ -129,6 +128,8 @@ def inpainting(sde: SDE, images: Images, mask: Array) -> Imputation:
 
 def constant_first_basis(size: int) -> Basis:
   """The orthonormal matrix of the cosine transform, (size, size), whose first row is constant."""
+  import scipy.fft  # here, since most runs have no observations and importing takes a while
+
   return scipy.fft.dct(np.eye(size), axis=0, norm='ortho').astype(np.float32)
 
 

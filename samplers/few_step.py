@@ -4,7 +4,7 @@ With marginals x_t = alpha_t x_0 + sigma_t z and the noise level s = sigma_t / a
 the scaled data, the probability flow ODE of every SDE of the paper is the same equation of
 y = x / alpha,
 
-  dy/ds = (y - D(x_t, t)) / s,   D(x_t, t) = (x_t + sigma_t^2 score(x_t, t)) / alpha_t,
+    dy/ds = (y - D(x_t, t)) / s,   D(x_t, t) = (x_t + sigma_t^2 score(x_t, t)) / alpha_t,
 
 where D is the denoised image (Tweedie's formula). A solver only needs s, y and D, and therefore
 works with the VE, VP and sub-VP SDEs and with those of users.

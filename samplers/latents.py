@@ -47,9 +47,10 @@ def get_encoder(
     continuous: whether the network was trained on continuous time.
 
   Raises:
-    UserError: if the ODE solver is unknown.
+    UserError: if the ODE solver is unknown, or `eps` is not in (0, T).
   """
   ode_solver.check_method(method)
+  ode_solver.check_eps(eps, sde.T)
 
   @jax.jit
   def encode(params, model_state, x):

@@ -6,7 +6,6 @@ Diffrax is Kidger, "On neural differential equations", 2021, https://arxiv.org/a
 from collections.abc import Callable
 from typing import Any
 
-import diffrax
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +24,8 @@ def check_method(method: str) -> str:
   Raises:
     UserError: if `solve` does not know the name.
   """
+  import diffrax  # here, since it takes half a second and most runs solve no ODE
+
   solver = getattr(diffrax, _SCIPY.get(method, method), None)
   known = isinstance(solver, type) and issubclass(solver, diffrax.AbstractERK)
   if not known or solver is diffrax.AbstractERK:
@@ -33,6 +34,16 @@ def check_method(method: str) -> str:
       f'Runge-Kutta method in diffrax, such as Tsit5.'
     )
   return method
+
+
+def check_eps(eps: float, end: float) -> None:
+  """Checks the time that the data of a flow from `eps` to `end` are assigned to.
+
+  Raises:
+    UserError: if it is not in (0, end).
+  """
+  if not 0 < eps < end:
+    raise UserError(f'eps={eps} must be a time in (0, {end}): set likelihood.eps=1e-5 or so.')
 
 
 def solve(
@@ -68,6 +79,8 @@ def solve(
   Raises:
     UserError: if the method is unknown, a tolerance is negative, or both are zero.
   """
+  import diffrax
+
   name = check_method(method)
   if rtol < 0 or atol < 0 or rtol == atol == 0:
     raise UserError(

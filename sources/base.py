@@ -31,7 +31,7 @@ DATASETS.locate('sources.tensorflow_datasets', 'TFDS')
 
 ASSETS = pathlib.Path(__file__).parent.parent / 'assets'
 
-# 'image', 'label' and what else a source knows of an example; a batch has an axis more in front.
+# 'image', 'label' and what else a source knows of an example; a batch has one more axis, in front.
 Example = dict[str, np.ndarray | np.generic | int]
 
 

@@ -244,13 +244,13 @@ def _build(maker: ShardMaker, workers: int, max_bad: int, title: str) -> None:
         listed = '; '.join(f'{name}: {reason}' for name, reason in bad[:3])
         raise UserError(
           f'{len(bad)} pictures of {title} cannot be used, more than data.max_bad={max_bad} '
-          f'(such as {listed}): mend or remove them, or set a larger data.max_bad.'
+          f'(such as {listed}): repair or remove them, or set a larger data.max_bad.'
         )
   skipped = [*maker.pictures.skipped, *bad]
   labels = np.asarray([label for shard in shards for label in shard.labels], np.int64)
   if not len(labels):
     raise UserError(
-      f'None of the {maker.count} pictures of {title} can be used ({summary(skipped)}): mend or '
+      f'None of the {maker.count} pictures of {title} can be used ({summary(skipped)}): repair or '
       f'replace them; a smaller data.min_side also takes small ones, enlarged.'
     )
   if skipped:

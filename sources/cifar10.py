@@ -136,8 +136,8 @@ def _decode(contents: dict[str, bytes], archive: str, *, key: str) -> ArrayPictu
       _check(batch_levels, batch_labels)
     except Exception as error:  # a damaged pickle raises many kinds of errors
       raise UserError(
-        f'{name} is no batch of CIFAR-10 ({str(error) or type(error).__name__}); nothing in it was '
-        f'run: get {published.FILES[archive].address} again.'
+        f'{name} is not a batch of CIFAR-10 ({str(error) or type(error).__name__}); nothing in it '
+        f'was run: get {published.FILES[archive].address} again.'
       ) from error
     levels.append(batch_levels)
     labels.append(batch_labels)
@@ -172,7 +172,7 @@ class _NumberType:
 
   def __init__(self, name: bytes | str, *_: Any):
     if name not in (b'u1', 'u1'):
-      raise ValueError('it has numbers of another type than uint8')
+      raise ValueError('it has numbers of a type other than uint8')
 
   def __setstate__(self, state: Any) -> None:
     """Ignores the byte order, which bytes do not have."""

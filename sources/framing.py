@@ -97,7 +97,7 @@ class Framing:
     size: height and width of the result.
     crop: 'center' takes the central square; 'none' resizes the whole picture, which distorts those
       that are not square; 'random' keeps what a square along the longer side can show: the smaller
-      side becomes `size`, and training draws another square each time.
+      side becomes `size`, and training draws a different square each time.
     crop_side: side of the central square; 0 takes the smaller side of the picture.
     resize: the filter, one of `FILTERS`.
     shrink_first: shrink the smaller side to `size`, then crop, in place of the other order.

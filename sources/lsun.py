@@ -1,4 +1,4 @@
-"""One category of LSUN, https://www.yf.io/p/lsun: an LMDB data base of WebP pictures."""
+"""One category of LSUN, https://www.yf.io/p/lsun: an LMDB database of WebP pictures."""
 
 import calendar
 import os
@@ -90,11 +90,11 @@ def _missing(data: ConfigDict, name: str, names: list[str]) -> UserError:
 
 
 def extract(path: pathlib.Path, folder: pathlib.Path) -> None:
-  """Extracts the data base in a published ZIP file, and verifies its checksum.
+  """Extracts the database in a published ZIP file, and verifies its checksum.
 
   Only the member `<category>_<split>_lmdb/data.mdb` is written, and the folder gets its name when
   it is complete, so no member can end up elsewhere and a process that is killed leaves no part of
-  a data base that looks like a whole one.
+  a database that looks like a whole one.
 
   Args:
     path: the ZIP file.
@@ -132,17 +132,17 @@ def extract(path: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 class LmdbStore(Store):
-  """The pictures in an LMDB data base, whose keys are their names.
+  """The pictures in an LMDB database, whose keys are their names.
 
   Args:
     path: the folder of `data.mdb`.
 
   Raises:
-    UserError: if there is no such data base, or it is truncated.
+    UserError: if there is no such database, or it is truncated.
   """
 
   portable = True
-  # LMDB forbids a process to open a data base twice.
+  # LMDB forbids a process to open a database twice.
   _opened: ClassVar = weakref.WeakValueDictionary()
   _lock = threading.Lock()
 
@@ -166,7 +166,7 @@ class LmdbStore(Store):
         opened = lmdb.open(real, readonly=True, lock=False, readahead=False, create=False)
       except lmdb.Error as error:
         raise UserError(
-          f'{path} is no LMDB data base, or is damaged ({error}): extract it again.'
+          f'{path} is not an LMDB database, or is damaged ({error}): extract it again.'
         ) from error
       # The file is mapped into memory, and reading beyond its end would kill the process.
       needed = (opened.info()['last_pgno'] + 1) * opened.stat()['psize']
@@ -182,7 +182,7 @@ class LmdbStore(Store):
 
   @classmethod
   def recognises(cls, path: pathlib.Path) -> bool:
-    """Whether this is the folder of an LMDB data base."""
+    """Whether this is the folder of an LMDB database."""
     return (path / 'data.mdb').is_file()
 
   def files(self) -> list[File]:
@@ -195,5 +195,5 @@ class LmdbStore(Store):
     with self._data_base.begin() as transaction:
       content = transaction.get(file.name.encode('latin-1'))
     if content is None:
-      raise BadPicture('no longer in the data base')
+      raise BadPicture('no longer in the database')
     return content

@@ -34,11 +34,11 @@ def own_pictures(
     background: the colour behind transparent pixels, a name or '#rrggbb'.
     min_side: see `Framing`.
     test_list: a text file of the names of the test pictures.
-    test_fraction: share of the pictures that test, where neither a list nor folders say which.
+    test_fraction: share of the pictures for testing, where neither a list nor folders decide.
     num_classes: how many classes there must be; 0 takes those that are found.
 
   Raises:
-    UserError: if there is no picture, or a setting does not fit to what there is.
+    UserError: if there is no picture, or a setting does not fit the pictures.
   """
   return from_path(
     config.data,
@@ -75,7 +75,7 @@ def from_path(
     if num_classes not in (0, len(class_names)):
       raise UserError(
         f'data.num_classes={num_classes}, but it has {len(class_names)} classes: set '
-        f'data.num_classes=0, or mend the folders or labels.'
+        f'data.num_classes=0, or correct the folders or labels.'
       )
     found = stores.PictureFiles(
       store,

@@ -1,8 +1,8 @@
 """Pictures in Parquet and Arrow files, as Hugging Face Datasets stores them.
 
 The column of pictures is binary, or a struct with a binary field `bytes`. One named `image` or
-`img` is taken, else the only column of such a type. A column of whole numbers named as in `LABELS`
-gives the labels.
+`img` is taken, or otherwise the only column of such a type. A column of whole numbers named as in
+`LABELS` gives the labels.
 """
 
 import abc

@@ -42,8 +42,8 @@ def decode(
     Grey levels, uint8 (height, width, channels).
 
   Raises:
-    BadPicture: if the content is no picture, is damaged, has more than `MAX_PIXELS` pixels, or has
-      values outside the range of its type.
+    BadPicture: if the content is not a picture, is damaged, has more than `MAX_PIXELS` pixels, or
+      has values outside the range of its type.
   """
   if not content:
     raise BadPicture('empty file')
@@ -63,7 +63,7 @@ def decode(
     raise BadPicture(f'more than {MAX_PIXELS:,} pixels') from error
   except UnidentifiedImageError as error:
     raise BadPicture('not a picture') from error
-  except Exception as error:  # decoders raise many kinds of errors at damaged data
+  except Exception as error:  # decoders raise many kinds of errors on damaged data
     # What follows in parentheses, such as a number of bytes, is different for each file.
     reason = str(error).partition(' (')[0].partition('\n')[0]
     raise BadPicture(f'damaged: {reason or type(error).__name__}') from error
@@ -94,7 +94,7 @@ def check_background(background: str) -> None:
     opaque = False
   if not opaque:
     raise UserError(
-      f"data.background={background!r} is no colour: give a name such as 'white' or '#rrggbb'."
+      f"data.background={background!r} is not a colour: give a name such as 'white' or '#rrggbb'."
     )
 
 

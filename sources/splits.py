@@ -1,4 +1,4 @@
-"""Which pictures train and which test, and the classes that their folders name."""
+"""Which pictures are for training and which for testing, and the classes that folders name."""
 
 import hashlib
 import pathlib
@@ -20,14 +20,15 @@ def split(
   """The pictures of 'train' and 'test'; those with a fault are in neither.
 
   A list of the test pictures decides. Without one, if there is a sub-folder `train`, its pictures
-  train, and those of the first of `TEST_FOLDERS` that holds any test; the case of these names is
-  ignored. Else a hash of each name decides, so that a picture that is added moves no other.
+  are for training, and those of the first of `TEST_FOLDERS` that holds any are for testing; the
+  case of these names is ignored. Otherwise a hash of each name decides, so that adding a picture
+  moves no other.
 
   Args:
     files: all of them.
     test_list: a text file of the names of the test pictures, one a line; blank lines and those that
       begin with # are ignored. Empty: there is none.
-    test_fraction: share of the pictures that test, where a hash decides.
+    test_fraction: share of the pictures for testing, where a hash decides.
 
   Raises:
     UserError: if there is no picture, the list or `test_fraction` is unusable, or there are other
@@ -168,7 +169,7 @@ def classes(
   found = {_class(file, depth) for file in files}
   names = sorted(found - {''})
   if '' in found and names:
-    logging.info('There are no classes, since some pictures are in no folder of a class.')
+    logging.info('There are no classes, since some pictures are not in the folder of a class.')
   if '' in found or len(names) < 2:
     return {name: [0] * len(members) for name, members in splits.items()}, []
   numbers = {name: number for number, name in enumerate(names)}

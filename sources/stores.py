@@ -113,7 +113,7 @@ def read_labels(store: Store) -> dict[str, Any] | None:
   """The labels by name in a `dataset.json`; empty if it has none; None if it is of another kind.
 
   Raises:
-    UserError: if it cannot be read or is no JSON.
+    UserError: if it cannot be read or is not JSON.
   """
   try:
     about = json.loads(store.read(File(LABELS)))
@@ -136,7 +136,7 @@ def label_of(name: str, labels: dict[str, Any] | None) -> int | None:
 
 
 def fault_of(name: str) -> str | None:
-  """Why a file of this name is not used; empty if it is used; None if it is no picture."""
+  """Why a file of this name is not used; empty if it is used; None if it is not a picture."""
   base = name.rpartition('/')[2]
   suffix = os.path.splitext(base)[1].lower()
   if suffix not in SUFFIXES and not (mimetypes.guess_type(base)[0] or '').startswith('image/'):
@@ -251,7 +251,7 @@ class ZipStore(Store):
         members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
     except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
       raise UserError(
-        f'it is no complete ZIP file ({error}): copy or download it again.'
+        f'it is not a complete ZIP file ({error}): copy or download it again.'
       ) from error
     pictures = [name for name in members if fault_of(name) == '']
     prefix = '' if LABELS in members else _common_folder(pictures)

@@ -30,7 +30,7 @@ def svhn(config: ConfigDict, split: str) -> cache.CachedPictures:
     try:
       arrays = scipy.io.loadmat(path, variable_names=['X', 'y'])
       images, labels = _decode(arrays)
-    except Exception as error:  # SciPy raises many kinds of errors at damaged files
+    except Exception as error:  # SciPy raises many kinds of errors on damaged files
       raise UserError(
         f'{path} cannot be read as SVHN ({str(error) or type(error).__name__}): get '
         f'{published.FILES[name].address} again.'

@@ -103,7 +103,7 @@ class TFRecordSource(BatchReader):
     """The examples `indices`: 'image', (B, size, size, num_channels), and 'label', zeros (B,).
 
     Raises:
-      UserError: if a record is damaged or its image has another shape.
+      UserError: if a record is damaged or its image has the wrong shape.
     """
     del draws
     images = np.empty((len(indices), self.size, self.size, self.num_channels), np.uint8)
@@ -147,8 +147,8 @@ class TFRecordSource(BatchReader):
       pixels = np.frombuffer(data, np.uint8).reshape(shape)
     except (ValueError, LookupError, TypeError) as error:
       raise UserError(
-        f'Record {i} of {self.path} is no image of the tools of StyleGAN ({error}): give one of '
-        f'their files.'
+        f'Record {i} of {self.path} is not an image of the tools of StyleGAN ({error}): give one '
+        f'of their files.'
       ) from error
     expected = (self.num_channels, self.size, self.size)
     if pixels.shape != expected:
@@ -234,7 +234,7 @@ def parse_example(content: memoryview) -> dict[str, list[Any]]:
   """The features of a message `tf.train.Example` by name: bytes as memoryviews, or integers.
 
   Raises:
-    ValueError: if it is no such message.
+    ValueError: if it is not such a message.
   """
   features = {}
   for number, entries in _fields(content):  # Example: features = 1

@@ -155,7 +155,7 @@ def celeba(folder, count=6):
 
 
 def lsun_zip(folder, name, pictures):
-  """A ZIP file `<name>.zip` of an LMDB data base of WebP pictures; returns these as decoded."""
+  """A ZIP file `<name>.zip` of an LMDB database of WebP pictures; returns these as decoded."""
   import lmdb
 
   base = folder / f'made-{name}'

@@ -166,8 +166,8 @@ def test_profile_sums_kinds_of_operations(tmp_path):
     json.dump({'traceEvents': events}, file)
   found = profile.durations(tmp_path)
   assert found == {'dot': pytest.approx(4), 'add_fusion': pytest.approx(1)}
-  assert profile.dearest(found, 1) == [('dot', pytest.approx(4), pytest.approx(0.8))]
-  lines = report.profile_table(profile.dearest(found)).splitlines()
+  assert profile.costliest(found, 1) == [('dot', pytest.approx(4), pytest.approx(0.8))]
+  lines = report.profile_table(profile.costliest(found)).splitlines()
   assert [line.split()[-3:] for line in lines[1:]] == [
     ['dot', '4', '80.0%'],
     ['add_fusion', '1', '20.0%'],
@@ -180,7 +180,7 @@ def test_profile_sums_kinds_of_operations(tmp_path):
   ('arguments', 'sentence'),
   [
     (['missing.py'], 'missing.py does not exist: name a file'),
-    ([TINY, '--parts=train,foo'], "--parts has 'foo', which is no part: choose some of train,"),
+    ([TINY, '--parts=train,foo'], "--parts has 'foo', which is not a part: choose some of train,"),
     ([TINY, '--runs=0'], '--runs=0 must be a whole number of at least 1'),
     ([TINY, '--runs=many'], '--runs=many must be a whole number'),
     ([TINY, '--batch_size=-1'], '--batch_size=-1 must be a whole number of at least 1'),

@@ -1,5 +1,8 @@
 """Networks against recorded values: parameter trees, outputs and gradients."""
 
+import dataclasses
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -172,3 +175,42 @@ def test_reduced_configuration_trains_a_step_and_samples_two(name, overrides):
   samples, _ = sampler(jax.random.PRNGKey(3), new)
   assert samples.shape == images.shape
   assert np.isfinite(samples).all()
+
+
+@utils.register_model(name='counted')
+class Counted(nn.Module):
+  """A network that counts how often it is traced."""
+
+  traced: ClassVar[list[int]] = []
+
+  @nn.compact
+  def __call__(self, x, labels, train=True):
+    self.traced.append(1)
+    return layers.conv3x3(x.shape[-1])(x)
+
+
+@utils.register_model(name='without_hash')
+class WithoutHash(nn.Module):
+  widths: dict = dataclasses.field(default_factory=lambda: {'hidden': 4})
+
+  @nn.compact
+  def __call__(self, x, labels, train=True):
+    return nn.Dense(self.widths['hidden'])(x) @ jnp.ones((self.widths['hidden'], x.shape[-1]))
+
+
+def test_a_network_is_traced_once_for_its_shapes_and_its_parameters():
+  config = golden.configure('vp/cifar10_ddpmpp_continuous', {'model.name': 'counted'})
+  Counted.traced.clear()
+  utils.abstract_model(config)
+  _, like = train_state.abstract_state(config)
+  _, state = train_state.init_state(jax.random.PRNGKey(0), config)
+  assert len(Counted.traced) == 1
+  assert jax.tree.map(jnp.shape, state.params) == jax.tree.map(jnp.shape, like.params)
+
+
+def test_a_network_with_a_field_that_has_no_hash_is_drawn_too():
+  config = golden.configure('vp/cifar10_ddpmpp_continuous', {'model.name': 'without_hash'})
+  module, _, params = utils.init_model(jax.random.PRNGKey(0), config)
+  with pytest.raises(TypeError, match='unhashable'):
+    hash(module)
+  assert params['Dense_0']['kernel'].shape == (3, 4)

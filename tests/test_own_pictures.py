@@ -158,7 +158,7 @@ def test_files_that_cannot_be_read_are_refused_with_their_cause(config, tmp_path
 
   whole = as_zip(tmp_path).read_bytes()
   (tmp_path / 'x.zip').write_bytes(whole[:-1000])
-  refused(tmp_path / 'x.zip', 'it is no complete ZIP file')
+  refused(tmp_path / 'x.zip', 'it is not a complete ZIP file')
   pyarrow.parquet.write_table(table(range(4)), tmp_path / 'x.parquet')
   whole = (tmp_path / 'x.parquet').read_bytes()
   (tmp_path / 'x.parquet').write_bytes(whole[:-10])

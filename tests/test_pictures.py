@@ -124,7 +124,9 @@ def test_background_that_is_no_colour_is_refused():
   for background in ('white', '#fff', 'hsl(0, 50%, 50%)'):
     pictures.check_background(background)
   for background in ('wite', '', '#12', '#00000000'):
-    with pytest.raises(UserError, match=f"data.background='{background}' is no colour: give a nam"):
+    with pytest.raises(
+      UserError, match=f"data.background='{background}' is not a colour: give a nam"
+    ):
       pictures.check_background(background)
 
 

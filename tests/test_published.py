@@ -112,7 +112,7 @@ def test_pickle_that_calls_a_function_is_refused_and_runs_nothing(tmp_path, monk
   files.publish(monkeypatch, path)
   config = files.data_config(tmp_path, 'CIFAR10', 32)
   with pytest.raises(
-    UserError, match=r'data_batch_3 is no batch .*the Python object os.system.*was run: get'
+    UserError, match=r'data_batch_3 is not a batch .*the Python object os.system.*was run: get'
   ):
     build(config, 'train')
   assert not ran.exists()
@@ -131,7 +131,7 @@ def test_wrong_batch_is_named(content, cause, tmp_path):
     path = tmp_path / 'cifar-10-batches-bin' / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content if name == 'data_batch_2.bin' else good)
-  with pytest.raises(UserError, match=f'data_batch_2.bin is no batch of CIFAR-10 .*{cause}'):
+  with pytest.raises(UserError, match=f'data_batch_2.bin is not a batch of CIFAR-10 .*{cause}'):
     build(files.data_config(tmp_path, 'CIFAR10', 32), 'train')
 
 
@@ -236,7 +236,7 @@ def test_truncated_lmdb_is_refused(church, tmp_path):
     build(config, 'test')
   os.truncate(path, 100)
   with pytest.raises(
-    UserError, match='church_outdoor_val_lmdb is no LMDB data base, or is damaged'
+    UserError, match='church_outdoor_val_lmdb is not an LMDB database, or is damaged'
   ):
     build(config, 'test')
 

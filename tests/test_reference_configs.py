@@ -91,6 +91,7 @@ DIFFERENCES = [
     for key in (
       'training.grad_accum_steps',
       'model.matmul_precision',
+      *(f'model.{key}' for key in ('dtype', 'remat', 'remat_policy')),
       'parallel.fsdp',
       'parallel.spatial',
       *(f'data.{key}' for key in ('path', 'cache_dir', 'num_workers', 'on_device', 'max_bad')),

@@ -245,7 +245,7 @@ def test_truncated_zip_is_refused(tmp_path):
   content = path.read_bytes()
   for length in (0, 10, len(content) // 2, len(content) - 1):
     path.write_bytes(content[:length])
-    with pytest.raises(UserError, match='no complete ZIP file .*: copy or download it again'):
+    with pytest.raises(UserError, match='not a complete ZIP file .*: copy or download it again'):
       stores.open_store(path)
 
 

@@ -109,7 +109,9 @@ def test_length_beyond_the_file_is_refused(path, tmp_path):
 )
 def test_record_that_is_no_image_is_named(content, path, tmp_path):
   path.write_bytes(RECORDS[0] + files.record(content))
-  with pytest.raises(UserError, match=f'Record 1 of {path} is no image of the tools of StyleGAN'):
+  with pytest.raises(
+    UserError, match=f'Record 1 of {path} is not an image of the tools of StyleGAN'
+  ):
     build(tmp_path)[1]
 
 

@@ -106,11 +106,14 @@ def test_damaged_newest_checkpoint_falls_back_and_ends_in_the_same_bits(uninterr
   assert_same_run(workdir, uninterrupted)
 
 
-def test_sigterm_saves_and_exits_cleanly_and_the_run_continues(uninterrupted, tmp_path):
+@pytest.mark.parametrize(
+  'number', [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_and_exits_cleanly_and_the_run_continues(number, uninterrupted, tmp_path):
   process = start(tmp_path)
   metrics = tmp_path / 'metrics.jsonl'
   wait_for(lambda: metrics.exists() and '"step": 7' in metrics.read_text(), process)
-  process.send_signal(signal.SIGTERM)
+  process.send_signal(number)
   output = finish(process)
   assert 'Stopped by a signal at step' in output
   run(tmp_path)

@@ -154,7 +154,7 @@ def test_lines_that_are_no_metrics_are_kept_aside_and_the_run_resumes(trained, t
   assert {key: value for key, value in after.items() if key[0] <= 5} == before
   assert (6, 'training_loss') in after
   assert (workdir / 'metrics-damaged.jsonl').read_bytes() == damaged
-  assert '6 lines that are no metrics' in caplog.text
+  assert '6 lines that are not metrics' in caplog.text
 
 
 def pictures(folder, seed, count=40):

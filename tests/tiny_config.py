@@ -1,6 +1,6 @@
 """A user's configuration file that brings its own network, classifier and features: small and fast.
 
-It is what the README's "How to extend the code" describes, and what the fault tests run.
+It does what docs/extending describes, and is what the fault tests run.
 """
 
 import flax.linen as nn
