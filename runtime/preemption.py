@@ -21,7 +21,7 @@ def to_resume() -> str:
 
 
 class Preemption:
-  """Turns SIGTERM, SIGINT and SIGHUP into a request to save and stop; a second SIGINT stops at once.
+  """Turns SIGTERM, SIGINT and SIGHUP into a request to save and stop; a second SIGINT stops now.
 
   Use it as a context manager, which handles the signals until it exits.
   """
