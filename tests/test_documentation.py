@@ -1,7 +1,8 @@
 """Everything that the documentation tells readers to type works, and its links lead somewhere.
 
 Python blocks of a page run one after the other, in one namespace, in a folder where the files of
-the repository are to be found. A comment in front of a block changes that:
+the repository are to be found; a small network stands for that of the digits. A comment in front of
+a block changes that:
 
   <!-- run: n_steps=1000 => n_steps=2 -->   runs it with other text, to be quick
   <!-- skip: minutes -->                    does not run it, for one of `REASONS`
@@ -27,6 +28,7 @@ import yaml
 from ml_collections import ConfigDict
 
 import controllable_generation
+import run_lib
 import sampling
 import sde_lib
 from models.classifier import CLASSIFIERS
@@ -34,6 +36,7 @@ from modes.preparation import _registered_keys
 from runtime import configuration
 from runtime.errors import UserError
 from sources.base import DATASETS
+from tests import tiny_config
 from tests.processes import ROOT, environment
 from tests.test_documented_extensions import REGISTRIES
 
@@ -105,19 +108,32 @@ for block in BLOCKS:
     RUN.setdefault(name_of(block.page), []).append(block)
 
 
+@pytest.fixture(scope='module')
+def small_network(tmp_path_factory):
+  """Stands for the network of the digits: the programs of pages then compile in no time."""
+  workdir = tmp_path_factory.mktemp('small')
+  config = tiny_config.get_config()
+  config.training.update(n_iters=1, snapshot_sampling=False)
+  run_lib.train(config, workdir)
+  return run_lib.export_checkpoint(config, workdir)
+
+
 @pytest.fixture
-def like_the_root(tmp_path, monkeypatch):
+def like_the_root(small_network, tmp_path, monkeypatch):
   """A folder in which a page may write, with what is in the repository."""
-  for path in ROOT.iterdir():
-    if path.name not in ('runs', 'site') and not path.name.startswith('.'):
-      (tmp_path / path.name).symlink_to(path)
+  (tmp_path / 'assets').mkdir()
+  (tmp_path / 'assets' / 'digits.safetensors').symlink_to(small_network)
+  for path in [*ROOT.iterdir(), *(ROOT / 'assets').iterdir()]:
+    link = tmp_path / path.relative_to(ROOT)
+    if path.name not in ('runs', 'site') and not path.name.startswith('.') and not link.exists():
+      link.symlink_to(path)
   monkeypatch.chdir(tmp_path)
   for registry in REGISTRIES:  # what a page registers is forgotten
     monkeypatch.setattr(registry, '_entries', dict(registry._entries))
 
 
 @pytest.mark.parametrize('page', RUN)
-def test_the_python_of_a_page_runs(page, like_the_root):
+def test_the_python_of_a_page_runs(page, like_the_root, quickly_compiled):
   namespace = {'__name__': 'page'}
   for block in RUN[page]:
     # Lines are counted from the top of the page, as in a traceback.
