@@ -5,7 +5,7 @@ VENV := .venv
 DEMO := runs/demo
 TESTS :=  # files that `make quick` runs; all by default
 
-.PHONY: demo test quick lint docs clean
+.PHONY: demo test quick lint docs notebooks clean
 
 $(VENV)/run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ quick: $(VENV)/dev
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+notebooks: $(VENV)/dev
+	$(VENV)/bin/python -m notebooks
 
 docs: $(VENV)/dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict

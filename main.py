@@ -66,6 +66,12 @@ _CHECKPOINT_NUMBER = flags.DEFINE_integer(
   'The checkpoint that --mode=sample or export uses: N of checkpoints/checkpoint_N. Default: the '
   'newest.',
 )
+_DTYPE = flags.DEFINE_enum(
+  'dtype',
+  'float32',
+  ['float32', 'float16'],
+  'The type in which --mode=export stores the weights. float16 halves the file and rounds them.',
+)
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
   None,
@@ -144,7 +150,11 @@ def main(argv: list[str]) -> None:
     'train_classifier': lambda: run_lib.train_classifier(config, workdir),
     'import': lambda: run_lib.import_checkpoint(config, workdir, checkpoint),
     'export': lambda: run_lib.export_checkpoint(
-      config, workdir, checkpoint=checkpoint, number=_CHECKPOINT_NUMBER.value
+      config,
+      workdir,
+      checkpoint=checkpoint,
+      number=_CHECKPOINT_NUMBER.value,
+      dtype=_DTYPE.value,
     ),
   }
   peers = None

@@ -189,6 +189,7 @@ def export_checkpoint(
   *,
   checkpoint: str | None = None,
   number: int | None = None,
+  dtype: str = 'float32',
 ) -> pathlib.Path:
   """Writes the EMA weights of a run as safetensors, with step and configuration as metadata.
 
@@ -199,11 +200,16 @@ def export_checkpoint(
     workdir: its directory.
     checkpoint: the file to write; by default `export_<step>.safetensors` in `workdir`.
     number: which of `checkpoints/` to export; by default the newest state.
+    dtype: the type in which weights are stored. 'float16' halves the file; whatever reads it
+      computes in the type of the network. Fourier frequencies stay in float32.
 
   Returns:
     The path of the file.
 
   Raises:
-    UserError: the checkpoint does not exist, the run has another configuration, or the file exists.
+    UserError: the checkpoint does not exist, the run has another configuration, the file exists, a
+      weight is too large for `dtype`, or `dtype` is neither 'float32' nor 'float16'.
   """
-  return convert.export_checkpoint(*_start(config, workdir), checkpoint=checkpoint, number=number)
+  return convert.export_checkpoint(
+    *_start(config, workdir), checkpoint=checkpoint, number=number, dtype=dtype
+  )

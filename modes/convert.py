@@ -4,6 +4,7 @@ A file is recognised by its content. It is read, checked against the configured 
 into a training state before anything is written to the working directory.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict
 
 import train_state
 from formats import FORMATS, ImportedCheckpoint
+from models.layers import is_frequency
 from modes.loading import load_weights
 from modes.training_loop import open_run
 from runtime import checkpoints, configuration, parallelism, reporting, weights
@@ -199,8 +201,11 @@ def export_checkpoint(
   *,
   checkpoint: str | None = None,
   number: int | None = None,
+  dtype: str = 'float32',
 ) -> pathlib.Path:
   """See `run_lib.export_checkpoint`; `config` comes from `preparation.prepare`."""
+  if dtype not in ('float32', 'float16'):
+    raise UserError(f'Unknown --dtype={dtype}: choose float32 or float16.')
   _, state = load_weights(config, workdir, number)
 
   step = int(state.step)
@@ -208,12 +213,27 @@ def export_checkpoint(
   if path.exists():
     raise UserError(f'--checkpoint={path} exists: choose another file for the export.')
   variables = {'params': state.params_ema, **state.model_state}
-  arrays = {
-    name: np.ascontiguousarray(x)
-    for name, x in flax.traverse_util.flatten_dict(variables, sep='/').items()
-  }
+  stored = jax.tree_util.tree_map_with_path(functools.partial(_stored, dtype), variables)
+  arrays = flax.traverse_util.flatten_dict(stored, sep='/')
   metadata = {'step': str(step), 'config': json.dumps(configuration.flatten(config))}
   if jax.process_index() == 0:
     reporting.write_atomic(path, safetensors.numpy.save(arrays, metadata))
   logging.info('Exported step %d to %s.', step, path)
   return path
+
+
+def _stored(dtype: str, path: tuple[Any, ...], x: jax.Array) -> np.ndarray:
+  """A variable as it is written to a file of weights in `dtype`."""
+  x = np.ascontiguousarray(x)
+  # The noise level multiplies frequencies, and their rounding errors with them, before the sine.
+  if is_frequency(path, x) or not np.issubdtype(x.dtype, np.floating):
+    return x
+  with np.errstate(over='ignore'):  # reported below
+    stored = x.astype(dtype)
+  if not np.isfinite(stored).all():
+    name = '/'.join(part.key for part in path)
+    raise UserError(
+      f'{name} has a weight of {np.abs(x).max():.3g}, which --dtype={dtype} cannot represent: use '
+      f'--dtype=float32.'
+    )
+  return stored

@@ -394,6 +394,52 @@ def test_import_evaluates_export_and_import_again(flax_file, tmp_path):
     run_lib.export_checkpoint(config, str(tmp_path / 'a'), checkpoint=str(tmp_path / 'x'))
 
 
+def test_an_export_in_half_precision_rounds_weights_once(flax_file, tmp_path):
+  config = tiny_config.get_config()
+  run_lib.import_checkpoint(config, str(tmp_path / 'a'), flax_file)
+  paths = [
+    run_lib.export_checkpoint(
+      config, str(tmp_path / 'a'), checkpoint=str(tmp_path / dtype), dtype=dtype
+    )
+    for dtype in ('float32', 'float16')
+  ]
+  whole, half = (safetensors.numpy.load_file(path) for path in paths)
+  read = golden.flatten(conversion.read_state(prepare(config), str(paths[1])).params)
+  for name, x in whole.items():
+    assert half[name].dtype == np.float16
+    again = read[name.removeprefix('params/')]
+    assert again.dtype == np.float32
+    # Half a unit in the last place of eleven bits; below 2^-14, of subnormal numbers.
+    np.testing.assert_allclose(again, x, rtol=2**-11, atol=2**-25)
+  assert any((half[name] != x).any() for name, x in whole.items())
+
+
+def test_what_half_precision_would_spoil_is_kept_or_refused(tmp_path, monkeypatch):
+  config = tiny_config.get_config()
+  state = train_state.init_state(jax.random.key(0), prepare(config))[1]
+  exported = lambda weight, path, **options: run_lib.export_checkpoint(
+    with_weight(weight), str(tmp_path), checkpoint=str(tmp_path / path), **options
+  )
+
+  def with_weight(weight):
+    changed = state.replace(params_ema={'Fourier_0': {'W': jnp.asarray(weight)}})
+    monkeypatch.setattr(conversion, 'load_weights', lambda *_: (None, changed))
+    return config
+
+  frequencies = np.float32([16.03, 1e6])
+  path = exported(frequencies, 'a', dtype='float16')
+  np.testing.assert_array_equal(
+    safetensors.numpy.load_file(path)['params/Fourier_0/W'], frequencies
+  )
+  with pytest.raises(
+    UserError, match=r'Fourier_0/W has a weight of 7e\+04, .* --dtype=float32'
+  ):
+    exported(np.float32([[1, -7e4]]), 'b', dtype='float16')
+  with pytest.raises(UserError, match='Unknown --dtype=int8: choose float32 or float16'):
+    exported(frequencies, 'c', dtype='int8')
+  assert not (tmp_path / 'b').exists()
+
+
 @pytest.mark.slow
 def test_training_goes_on_from_an_imported_checkpoint(flax_file, tmp_path):
   config = tiny_config.get_config()
