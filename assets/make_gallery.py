@@ -70,8 +70,8 @@ class Gallery:
     return enlarged(self.digits.sample(4 * COLUMNS, seed=0, **FAST)[0])
 
   def patch_samples(self) -> Image.Image:
-    """Patches without conditioning."""
-    return enlarged(self.patches.sample(4 * COLUMNS, seed=0, **FAST)[0])
+    """Patches without conditioning, by predictor and corrector."""
+    return enlarged(self.patches.sample(4 * COLUMNS, seed=0)[0])
 
   def classes(self) -> Image.Image:
     """Each class in a column."""
@@ -91,11 +91,10 @@ class Gallery:
     return self._by_task(self.some_digits, blocks, task='superres', superres_factor=4)
 
   def colorization(self) -> Image.Image:
-    """The colours of patches."""
+    """The colours of patches, by predictor and corrector."""
     images = self.some_patches()
     grey = np.broadcast_to(images.mean(-1, keepdims=True), images.shape)
-    settings = FAST | {'task': 'colorize'}
-    samples = [self.patches.sample(images=images, seed=seed, **settings)[0] for seed in (0, 1)]
+    samples = [self.patches.sample(images=images, seed=s, task='colorize')[0] for s in (0, 1)]
     return enlarged(np.concatenate([grey, *samples, images]))
 
   def frequencies(self) -> Image.Image:
