@@ -1,12 +1,23 @@
 """Signals that ask a run to stop."""
 
+import pathlib
+import shlex
 import signal
+import sys
 import threading
 from typing import Any
 
 import jax
 
 from runtime import parallelism
+
+
+def to_resume() -> str:
+  """The sentence that says how to go on."""
+  program = sys.argv[0]
+  if pathlib.Path(program).name != 'main.py':
+    return 'To resume, make the same call again.'
+  return f'To resume, run: {shlex.join(sys.orig_argv)}'
 
 
 class Preemption:

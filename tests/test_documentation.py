@@ -26,14 +26,16 @@ import pytest
 import yaml
 from ml_collections import ConfigDict
 
+import controllable_generation
+import sampling
+import sde_lib
 from models.classifier import CLASSIFIERS
 from modes.preparation import _registered_keys
 from runtime import configuration
+from runtime.errors import UserError
 from sources.base import DATASETS
 from tests.processes import ROOT, environment
 from tests.test_documented_extensions import REGISTRIES
-
-pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
 PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'), ROOT / 'assets' / 'README.md'])
 REASONS = {
@@ -158,33 +160,26 @@ COMMANDS = [
 ]
 PYTHON = ('python', 'python3', '.venv/bin/python')
 
-# Every command runs in a process forked from one that has imported everything.
-_DRY_RUN = """
-import json, os, sys, traceback
+# Parses commands, each in a process of its own, and prints their configurations as JSON. The
+# processes are forked from one that imports neither JAX nor a network.
+_PARSE = """
+import json, os, sys
 import main
-import run_lib
-from absl import app, flags
 
-for number, words in json.loads(sys.stdin.read()):
+for words in json.loads(sys.stdin.read()):
   sys.stdout.flush()
   child = os.fork()
   if not child:
     try:
-      argv = sys.argv = ['main.py', *words]  # ml_collections looks for overrides in sys.argv
-      if 'dry_run' in flags.FLAGS:
-        argv.append('--dry_run')
-      os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-      argv = main.parse_flags(argv)
-      if 'dry_run' in flags.FLAGS:
-        main.main(argv)
-    except BaseException as error:
-      if not isinstance(error, SystemExit) or error.code not in (None, 0):
-        sys.stderr.write(f'{number}: {error or type(error)}\\n')
-        sys.stderr.flush()
-        os._exit(1)
+      sys.argv = ['main.py', *words]  # where ml_collections looks for overrides
+      main.parse_flags(sys.argv)
+      config = main._CONFIG.value
+      result = {'config': config and config.to_dict()}
+    except SystemExit as error:
+      result = {'error': str(error)}
+    print(json.dumps(result), flush=True)
     os._exit(0)
-  _, status = os.waitpid(child, 0)
-  print(number, status, flush=True)
+  os.waitpid(child, 0)
 """
 
 
@@ -193,24 +188,38 @@ def test_every_command_of_main_describes_a_run_that_can_start():
   for block, words in COMMANDS:
     if words[0] in PYTHON and words[1:2] == ['main.py']:
       key = tuple(word for word in words[2:] if not word.startswith('--workdir'))
-      cases.setdefault(key, (block, words[2:]))
+      cases.setdefault(key, (f'{block}: {shlex.join(words)}', words[2:]))
   assert len(cases) > 10
-  listed = list(cases.values())
   process = subprocess.run(
-    [sys.executable, '-W', 'ignore', '-c', _DRY_RUN],
-    input=json.dumps([[i, words] for i, (_, words) in enumerate(listed)]),
+    [sys.executable, '-c', _PARSE],
+    input=json.dumps([words for _, words in cases.values()]),
     cwd=ROOT,
     env=environment() | {'PYTHONPATH': str(ROOT)},
     capture_output=True,
     text=True,
     timeout=300,
   )
-  statuses = dict(map(int, line.split()) for line in process.stdout.splitlines())
-  assert len(statuses) == len(listed), process.stderr
-  failed = [
-    f'{block}: {shlex.join(words)}' for i, (block, words) in enumerate(listed) if statuses[i]
-  ]
-  assert not failed, '\n'.join([*failed, process.stderr])
+  results = [json.loads(line) for line in process.stdout.splitlines()]
+  assert len(results) == len(cases), process.stderr
+  failed = []
+  for (where, words), result in zip(cases.values(), results, strict=True):
+    error = result.get('error')
+    # The files of docs/extending register what they use, and have tests of their own.
+    if result.get('config') and not any('docs/extending/' in word for word in words):
+      try:
+        _check(ConfigDict(result['config']))
+      except UserError as wrong:
+        error = str(wrong)
+    if error:
+      failed.append(f'{where}\n  {error}')
+  assert not failed, '\n'.join(failed)
+
+
+def _check(config):
+  """The checks of a configuration that need no network, and so take no time."""
+  config = configuration.complete(config, _registered_keys(config))
+  sampling.check(config, sde_lib.get_sde(config))
+  controllable_generation.check(config)
 
 
 def test_every_other_command_exists_with_its_flags():
@@ -325,6 +334,18 @@ def test_every_page_is_in_the_navigation_and_the_navigation_has_no_others():
   docs = ROOT / 'docs'
   there = {path.relative_to(docs).as_posix() for path in docs.glob('**/*.md')}
   assert there | {'../CHANGELOG.md'} == set(listed)
+
+
+def test_the_reference_lists_every_function_and_class_of_a_module():
+  # What a module only passes on is left out, which is why the pages list what to show.
+  for page in ROOT.glob('docs/api/*.md'):
+    text = page.read_text(encoding='utf-8')
+    for module, listed in re.findall(
+      r'^::: (\S+)\n    options:\n      members:\n((?: +- \w+\n)+)', text, re.MULTILINE
+    ):
+      source = (ROOT / f'{module.replace(".", "/")}.py').read_text(encoding='utf-8')
+      defined = re.findall(r'^(?:def|class) ([A-Za-z]\w*)', source, re.MULTILINE)
+      assert re.findall(r'- (\w+)', listed) == defined, name_of(page)
 
 
 # Files that other programs read.
