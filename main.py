@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags, logging
@@ -24,7 +25,10 @@ try:
 except flags.Error as error:  # a --flagfile is read at once
   sys.exit(str(error))
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Directory of the run: checkpoints, samples, logs. The same one resumes a run.'
+  'workdir',
+  None,
+  'Directory of the run: checkpoints, samples, logs. The same one resumes a run. --mode=report '
+  'takes several, with commas between them.',
 )
 _MODE = flags.DEFINE_enum(
   'mode',
@@ -39,6 +43,7 @@ _MODE = flags.DEFINE_enum(
     'train_classifier',
     'import',
     'export',
+    'report',
   ],
   'train: train, or resume the training in --workdir where it stopped. '
   'sample: draw images from the run in --workdir, as config.sampling says; '
@@ -52,7 +57,8 @@ _MODE = flags.DEFINE_enum(
   'data.cache_dir and verify it; needs no --workdir. '
   'train_classifier: train, or resume training, the noise-conditional classifier. '
   'import: start the run in --workdir from a published checkpoint, --checkpoint. '
-  'export: write the EMA weights of the run in --workdir as safetensors.',
+  'export: write the EMA weights of the run in --workdir as safetensors. '
+  'report: write an HTML page about the runs in --workdir; needs no --config.',
 )
 _EVAL_FOLDER = flags.DEFINE_string(
   'eval_folder', 'eval', 'Folder inside --workdir that the results of --mode=eval go to.'
@@ -74,6 +80,9 @@ _DTYPE = flags.DEFINE_enum(
   'float32',
   ['float32', 'float16'],
   'The type in which --mode=export stores the weights. float16 halves the file and rounds them.',
+)
+_REPORT = flags.DEFINE_string(
+  'report', None, 'The page that --mode=report writes (default: report.html in --workdir).'
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
@@ -167,41 +176,26 @@ def main(argv: list[str]) -> None:
   """Runs the mode of the parsed flags; a `UserError` ends the program with its message."""
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}: all arguments are flags.')
-  # Imported here so that --help and a misspelt flag are answered at once.
-  import run_lib
-  from runtime.preemption import ending_signals, to_resume
-
-  for number in ending_signals():
+  for number in startup.ending_signals():
     signal.signal(number, _interrupt)
-  config, workdir, checkpoint = _CONFIG.value, _WORKDIR.value, _CHECKPOINT.value
-  modes = {
-    'train': lambda: run_lib.train(config, workdir),
-    'sample': lambda: run_lib.sample(config, workdir, _CHECKPOINT_NUMBER.value),
-    'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
-    'stats': lambda: run_lib.make_stats(config),
-    'inspect_data': lambda: run_lib.inspect_data(config, workdir),
-    'prepare_data': lambda: run_lib.prepare_data(config),
-    'train_classifier': lambda: run_lib.train_classifier(config, workdir),
-    'import': lambda: run_lib.import_checkpoint(config, workdir, checkpoint),
-    'export': lambda: run_lib.export_checkpoint(
-      config,
-      workdir,
-      checkpoint=checkpoint,
-      number=_CHECKPOINT_NUMBER.value,
-      dtype=_DTYPE.value,
-    ),
-  }
-  run = lambda: print(_dry_run()) if _DRY_RUN.value else modes[_MODE.value]()
   peers = None
   try:
+    if _MODE.value == 'report':
+      _write_report()
+      return
     peers = startup.start_jax(
-      config,
+      _CONFIG.value,
       coordinator=_COORDINATOR.value,
       num_processes=_NUM_PROCESSES.value,
       process_id=_PROCESS_ID.value,
     )
-    run()
+    if _DRY_RUN.value:
+      print(_dry_run())
+    else:
+      _modes(_CONFIG.value, _WORKDIR.value)[_MODE.value]()
   except KeyboardInterrupt as stop:
+    from runtime.preemption import to_resume
+
     _say_last(f'Stopped by a signal; the files written before are intact. {to_resume()}')
     if peers:
       peers.fail()
@@ -242,6 +236,45 @@ def _interrupt(number: int, frame: Any) -> None:
   raise KeyboardInterrupt(number)
 
 
+def _modes(config: ConfigDict, workdir: str) -> dict[str, Callable[[], object]]:
+  """What each mode runs, except for `report`."""
+  # Imported here so that --help and a misspelt flag are answered at once.
+  import run_lib
+
+  number, checkpoint = _CHECKPOINT_NUMBER.value, _CHECKPOINT.value
+  return {
+    'train': lambda: run_lib.train(config, workdir),
+    'sample': lambda: run_lib.sample(config, workdir, number),
+    'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
+    'stats': lambda: run_lib.make_stats(config),
+    'inspect_data': lambda: run_lib.inspect_data(config, workdir),
+    'prepare_data': lambda: run_lib.prepare_data(config),
+    'train_classifier': lambda: run_lib.train_classifier(config, workdir),
+    'import': lambda: run_lib.import_checkpoint(config, workdir, checkpoint),
+    'export': lambda: run_lib.export_checkpoint(
+      config, workdir, checkpoint=checkpoint, number=number, dtype=_DTYPE.value
+    ),
+  }
+
+
+def _write_report() -> None:
+  """Runs `--mode=report`, which needs neither JAX nor a device: it starts without them.
+
+  Raises:
+    UserError: the runs cannot be read, or the page cannot be written.
+  """
+  if _DRY_RUN.value:
+    raise UserError('--mode=report computes nothing that --dry_run could spare: leave it out.')
+  from modes import report
+  from report.page import Recipe
+
+  recipe = None
+  if _CONFIG.value is not None:
+    recipe = Recipe(config_flags.get_config_filename(flags.FLAGS['config']), _CONFIG.value)
+  path = report.make_report(report.split_workdirs(_WORKDIR.value), _REPORT.value, recipe)
+  print(f'{path}: {path.stat().st_size / 1e6:.1f} MB, open it in a browser.')
+
+
 def _sentence(error: Exception) -> str | None:
   """What to say about an error that is not ours; None if it is a fault of the program."""
   if 'RESOURCE_EXHAUSTED' in str(error):
@@ -270,7 +303,12 @@ def _say_last(message: str) -> None:
 if __name__ == '__main__':
   startup.restart_with_settings()
   startup.keep_compiled_programs()
-  flags.mark_flags_as_required(['config', 'mode'])
+  flags.mark_flag_as_required('mode')
+  flags.register_multi_flags_validator(
+    ['config', 'mode'],
+    lambda given: given['config'] is not None or given['mode'] in (None, 'report'),
+    'Flag --config must name a configuration file, such as those in configs/vp/.',
+  )
   flags.register_multi_flags_validator(
     ['workdir', 'mode'],
     lambda given: bool(given['workdir']) or given['mode'] in ('stats', 'prepare_data'),

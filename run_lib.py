@@ -1,6 +1,7 @@
 """One function for each mode of the program: it checks the configuration, then runs the mode."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -10,12 +11,14 @@ from modes import dry_run as dry_run_mode
 from modes import evaluate as evaluate_mode
 from modes import inspect_data as inspect_mode
 from modes import prepare_data as prepare_data_mode
+from modes import report as report_mode
 from modes import sample as sample_mode
 from modes import stats as stats_mode
 from modes import train as train_mode
 from modes import train_classifier as classifier_mode
 from modes.preparation import prepare
 from modes.training_loop import NonFiniteLoss
+from report.page import Recipe
 from runtime import reporting
 from train_state import State
 
@@ -26,6 +29,7 @@ __all__ = [
   'export_checkpoint',
   'import_checkpoint',
   'inspect_data',
+  'make_report',
   'make_stats',
   'prepare_data',
   'sample',
@@ -251,3 +255,27 @@ def export_checkpoint(
   return convert.export_checkpoint(
     *_start(config, workdir), checkpoint=checkpoint, number=number, dtype=dtype
   )
+
+
+def make_report(
+  workdirs: Sequence[str | pathlib.Path],
+  path: str | pathlib.Path | None = None,
+  recipe: Recipe | None = None,
+) -> pathlib.Path:
+  """Writes an HTML page about runs, with curves, samples, evaluations, settings and the machine.
+
+  The page is one file that fetches nothing. What several runs have in common is shown once, and
+  their curves share their charts. Nothing else is written, so that a run may be in progress.
+
+  Args:
+    workdirs: the directories of the runs.
+    path: the file; by default `report.html` in the first directory.
+    recipe: a configuration to compare the runs with; by default the recorded overrides are shown.
+
+  Returns:
+    The path of the file.
+
+  Raises:
+    UserError: a directory does not exist or holds no run, or the file cannot be written.
+  """
+  return report_mode.make_report(workdirs, path, recipe)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from runtime import parallelism
+from runtime.startup import ending_signals
 
 
 def to_resume() -> str:
@@ -18,13 +19,6 @@ def to_resume() -> str:
   if pathlib.Path(program).name != 'main.py':
     return 'To resume, make the same call again.'
   return f'To resume, run: {shlex.join(sys.orig_argv)}'
-
-
-def ending_signals() -> list[int]:
-  """The signals, other than that of Ctrl-C, that ask this process to end."""
-  hangup = getattr(signal, 'SIGHUP', None)  # sent when a terminal closes; Windows has none
-  ignored = not hangup or signal.getsignal(hangup) == signal.SIG_IGN  # as under nohup
-  return [signal.SIGTERM] if ignored else [signal.SIGTERM, hangup]
 
 
 class Preemption:

@@ -4,6 +4,7 @@ import math
 import os
 import pathlib
 import platform
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,13 @@ def restart_with_settings() -> None:
   if settings:
     os.environ.update(settings)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def ending_signals() -> list[int]:
+  """The signals, other than that of Ctrl-C, that ask this process to end."""
+  hangup = getattr(signal, 'SIGHUP', None)  # sent when a terminal closes; Windows has none
+  ignored = not hangup or signal.getsignal(hangup) == signal.SIG_IGN  # as under nohup
+  return [signal.SIGTERM] if ignored else [signal.SIGTERM, hangup]
 
 
 def user_cache() -> pathlib.Path:

@@ -3,6 +3,7 @@
 config.json     the configuration of the run, which every mode compares with its own
 data.json       fingerprints of the training and test images, and the names of the classes
 versions.json   versions of the packages
+start.json      the configuration file, the overrides and the machine of the last start
 .lock           locked by the process that writes to the directory
 """
 
@@ -22,7 +23,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from runtime import checkpoints, configuration, parallelism, reporting
+from runtime import checkpoints, configuration, parallelism, reporting, start
 from runtime.checkpoints import CheckpointReader
 from runtime.errors import UserError
 from runtime.files import lock
@@ -168,7 +169,7 @@ def record(
   guarded: Callable[[str], bool] = of_training,
   **sources: Any,
 ) -> None:
-  """Writes `config.json`, `versions.json` and `data.json` to the directory of a run.
+  """Writes `config.json`, `versions.json`, `start.json` and `data.json` to the directory of a run.
 
   Args:
     config: the configuration of the run.
@@ -183,6 +184,7 @@ def record(
   fingerprints = _check_data(workdir, sources)
   _write_json(workdir / 'config.json', configuration.plain(config))
   _write_json(workdir / 'versions.json', versions())
+  _write_json(workdir / 'start.json', start.description())
   if sources:
     _write_json(workdir / 'data.json', fingerprints)
 
