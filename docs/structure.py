@@ -118,7 +118,7 @@ def draw(path: pathlib.Path) -> None:
   }
   figure, axes = plt.subplots(figsize=(2.3 * width, 0.95 * len(rows)))
   for name, imported in reduced(graph).items():
-    for other in imported:
+    for other in sorted(imported):
       (x0, y0), (x1, y1) = place[name], place[other]
       bend = 0.12 * (x1 - x0 > 0 or -1) if y0 - y1 > 1 else 0
       axes.annotate(
