@@ -431,9 +431,7 @@ def test_what_half_precision_would_spoil_is_kept_or_refused(tmp_path, monkeypatc
   np.testing.assert_array_equal(
     safetensors.numpy.load_file(path)['params/Fourier_0/W'], frequencies
   )
-  with pytest.raises(
-    UserError, match=r'Fourier_0/W has a weight of 7e\+04, .* --dtype=float32'
-  ):
+  with pytest.raises(UserError, match=r'Fourier_0/W has a weight of 7e\+04, .* --dtype=float32'):
     exported(np.float32([[1, -7e4]]), 'b', dtype='float16')
   with pytest.raises(UserError, match='Unknown --dtype=int8: choose float32 or float16'):
     exported(frequencies, 'c', dtype='int8')
