@@ -24,7 +24,13 @@ from runtime import parallelism
 from runtime.array_types import Array, Batch, PerExample, RandomKey, Scalar
 from runtime.errors import UserError
 from sde_lib import SDE, VESDE, VPSDE, batch_mul
-from train_state import State, get_optimizer, optimization_manager, register_optimizer
+from train_state import (
+  Observer,
+  State,
+  get_optimizer,
+  optimization_manager,
+  register_optimizer,
+)
 
 __all__ = [
   'LossFn',
@@ -46,7 +52,8 @@ PyTree = Any
 Examples = Mapping[str, Array]
 LossFn = Callable[[RandomKey, PyTree, PyTree, Examples], tuple[Scalar, PyTree]]
 Carry = tuple[RandomKey, State]
-StepFn = Callable[[Carry, Examples], tuple[Carry, Scalar]]
+Numbers = dict[str, Scalar]  # of a step, by name
+StepFn = Callable[[Carry, Examples], tuple[Carry, Scalar | Numbers]]
 
 
 def _reduce(squares: Batch, reduce_mean: bool) -> PerExample:
@@ -236,6 +243,7 @@ def get_step_fn(
   likelihood_weighting: bool = False,
   *,
   grad_accum_steps: int = 1,
+  observe: Observer | None = None,
 ) -> StepFn:
   """One training or evaluation step, `step_fn((rng, state), batch) -> ((rng, state), loss)`.
 
@@ -252,6 +260,8 @@ def get_step_fn(
       one of the SDE is taken (Eq. 1 or 3).
     likelihood_weighting: whether to weight by g(t)^2; only with `continuous`.
     grad_accum_steps: in how many parts, one after the other, the gradient of a batch is computed.
+    observe: `(state, gradient) -> other numbers of the step`. With it a training step returns a
+      dictionary of them and of the loss, `training_loss`, in place of the loss.
 
   Raises:
     UserError: if a discrete objective is to have likelihood weighting; when the step is run, if the
@@ -269,7 +279,7 @@ def get_step_fn(
   else:
     loss_fn = get_discrete_loss_fn(sde, model, train, reduce_mean=reduce_mean)
 
-  def step_fn(carry: Carry, batch: Examples) -> tuple[Carry, Scalar]:
+  def step_fn(carry: Carry, batch: Examples) -> tuple[Carry, Scalar | Numbers]:
     rng, state = carry
     rng, step_rng = jax.random.split(rng)
     if not train:
@@ -278,14 +288,24 @@ def get_step_fn(
     (loss, model_state), grad = loss_fn.value_and_grad(
       step_rng, state.params, state.model_state, batch, grad_accum_steps
     )
+    numbers = {'training_loss': loss, **observe(state, grad)} if observe else loss
     state = optimize_fn(state.replace(model_state=model_state), grad)
-    return (rng, state), loss
+    return (rng, state), numbers
 
   return step_fn
 
 
-def build_step_fn(config: ConfigDict, sde: SDE, model: nn.Module, *, train: bool) -> StepFn:
+def build_step_fn(
+  config: ConfigDict,
+  sde: SDE,
+  model: nn.Module,
+  *,
+  train: bool,
+  observe: Observer | None = None,
+) -> StepFn:
   """The step of `get_step_fn` with the settings of `config.training` and `config.optim`.
+
+  The other arguments are those of `get_step_fn`.
 
   Raises:
     UserError: if the settings contradict each other, or the optimizer is unknown.
@@ -300,4 +320,5 @@ def build_step_fn(config: ConfigDict, sde: SDE, model: nn.Module, *, train: bool
     continuous=training.continuous,
     likelihood_weighting=training.likelihood_weighting,
     grad_accum_steps=training.grad_accum_steps,
+    observe=observe,
   )

@@ -2,13 +2,17 @@
 
 import logging as python_logging
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from runtime import configuration, startup
+from configs.defaults import get_default_configs
+from runtime import completion, configuration, startup
 from runtime.errors import UserError
 
 try:
@@ -21,7 +25,10 @@ try:
 except flags.Error as error:  # a --flagfile is read at once
   sys.exit(str(error))
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Directory of the run: checkpoints, samples, logs. The same one resumes a run.'
+  'workdir',
+  None,
+  'Directory of the run: checkpoints, samples, logs. The same one resumes a run. --mode=report '
+  'takes several, with commas between them.',
 )
 _MODE = flags.DEFINE_enum(
   'mode',
@@ -36,6 +43,7 @@ _MODE = flags.DEFINE_enum(
     'train_classifier',
     'import',
     'export',
+    'report',
   ],
   'train: train, or resume the training in --workdir where it stopped. '
   'sample: draw images from the run in --workdir, as config.sampling says; '
@@ -49,7 +57,8 @@ _MODE = flags.DEFINE_enum(
   'data.cache_dir and verify it; needs no --workdir. '
   'train_classifier: train, or resume training, the noise-conditional classifier. '
   'import: start the run in --workdir from a published checkpoint, --checkpoint. '
-  'export: write the EMA weights of the run in --workdir as safetensors.',
+  'export: write the EMA weights of the run in --workdir as safetensors. '
+  'report: write an HTML page about the runs in --workdir; needs no --config.',
 )
 _EVAL_FOLDER = flags.DEFINE_string(
   'eval_folder', 'eval', 'Folder inside --workdir that the results of --mode=eval go to.'
@@ -72,6 +81,9 @@ _DTYPE = flags.DEFINE_enum(
   ['float32', 'float16'],
   'The type in which --mode=export stores the weights. float16 halves the file and rounds them.',
 )
+_REPORT = flags.DEFINE_string(
+  'report', None, 'The page that --mode=report writes (default: report.html in --workdir).'
+)
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
   None,
@@ -82,6 +94,21 @@ _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Number of processe
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
 
 
+_COMPLETION = flags.DEFINE_enum(
+  'completion',
+  None,
+  [*completion.SCRIPTS, 'keys'],
+  'Print the script with which a shell completes the flags of this program, to be loaded by '
+  'eval "$(python main.py --completion=bash)"; or the keys of --config.',
+)
+_DRY_RUN = flags.DEFINE_bool(
+  'dry_run',
+  False,
+  'Only check the configuration and print it, what the command line changed in it, the devices, '
+  'the size of the network and its floating point operations. Nothing is written or compiled.',
+)
+
+
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses the command line; a mistake that `ml_collections` reports by traceback is a sentence."""
   path, argument, given = '', '', {}
@@ -90,9 +117,22 @@ def parse_flags(argv: list[str]) -> list[str]:
     path, _, argument = given.get('config', '').partition(':')
     if path and not os.path.isfile(path):
       sys.exit(f'--config={path} does not exist: name a file such as those in configs/vp/.')
+    if wanted := given.get('completion'):
+      _complete(wanted, path, argument)
     return flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, TypeError) as error:
     sys.exit(_explain(path, argument, given) or f'{error} (main.py --help lists the flags.)')
+
+
+def _complete(wanted: str, path: str, argument: str) -> None:
+  """Prints what `--completion` asks for, and ends the program; the flag refuses other values."""
+  if wanted == 'keys':
+    config = configuration.read_file(path, argument) if path else get_default_configs()
+    print('\n'.join(f'--config.{name}=' for name in configuration.flatten(config)))
+    sys.exit()
+  if wanted in completion.SCRIPTS:
+    print(completion.script(wanted, flags.FLAGS.get_key_flags_for_module(sys.argv[0])))
+    sys.exit()
 
 
 def _given(arguments: list[str]) -> dict[str, str]:
@@ -136,36 +176,29 @@ def main(argv: list[str]) -> None:
   """Runs the mode of the parsed flags; a `UserError` ends the program with its message."""
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}: all arguments are flags.')
-  # Imported here so that --help and a misspelt flag are answered at once.
-  import run_lib
-
-  config, workdir, checkpoint = _CONFIG.value, _WORKDIR.value, _CHECKPOINT.value
-  modes = {
-    'train': lambda: run_lib.train(config, workdir),
-    'sample': lambda: run_lib.sample(config, workdir, _CHECKPOINT_NUMBER.value),
-    'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
-    'stats': lambda: run_lib.make_stats(config),
-    'inspect_data': lambda: run_lib.inspect_data(config, workdir),
-    'prepare_data': lambda: run_lib.prepare_data(config),
-    'train_classifier': lambda: run_lib.train_classifier(config, workdir),
-    'import': lambda: run_lib.import_checkpoint(config, workdir, checkpoint),
-    'export': lambda: run_lib.export_checkpoint(
-      config,
-      workdir,
-      checkpoint=checkpoint,
-      number=_CHECKPOINT_NUMBER.value,
-      dtype=_DTYPE.value,
-    ),
-  }
+  signal.signal(signal.SIGTERM, _interrupt)
   peers = None
   try:
+    if _MODE.value == 'report':
+      _write_report()
+      return
     peers = startup.start_jax(
-      config,
+      _CONFIG.value,
       coordinator=_COORDINATOR.value,
       num_processes=_NUM_PROCESSES.value,
       process_id=_PROCESS_ID.value,
     )
-    modes[_MODE.value]()
+    if _DRY_RUN.value:
+      print(_dry_run())
+    else:
+      _modes(_CONFIG.value, _WORKDIR.value)[_MODE.value]()
+  except KeyboardInterrupt as stop:
+    from runtime.preemption import to_resume
+
+    _say_last(f'Stopped by a signal; the files written before are intact. {to_resume()}')
+    if peers:
+      peers.fail()
+    sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
   except Exception as error:
     ours = isinstance(error, UserError | FloatingPointError)
     sentence = f'{type(error).__name__}: {error}' if ours else _sentence(error)
@@ -179,6 +212,66 @@ def main(argv: list[str]) -> None:
     sys.exit(1)
   if peers:
     peers.leave()
+
+
+def _dry_run() -> str:
+  """The text of `--dry_run`."""
+  import run_lib
+
+  given = _given(flags.FLAGS.read_flags_from_files(sys.argv[1:]))
+  path, _, argument = given['config'].partition(':')
+  return run_lib.dry_run(
+    _CONFIG.value,
+    _WORKDIR.value or '',
+    mode=_MODE.value,
+    written=configuration.read_file(path, argument),
+    eval_folder=_EVAL_FOLDER.value,
+    checkpoint=_CHECKPOINT.value,
+    number=_CHECKPOINT_NUMBER.value,
+  )
+
+
+def _interrupt(number: int, frame: Any) -> None:
+  raise KeyboardInterrupt(number)
+
+
+def _modes(config: ConfigDict, workdir: str) -> dict[str, Callable[[], object]]:
+  """What each mode runs, except for `report`."""
+  # Imported here so that --help and a misspelt flag are answered at once.
+  import run_lib
+
+  number, checkpoint = _CHECKPOINT_NUMBER.value, _CHECKPOINT.value
+  return {
+    'train': lambda: run_lib.train(config, workdir),
+    'sample': lambda: run_lib.sample(config, workdir, number),
+    'eval': lambda: run_lib.evaluate(config, workdir, _EVAL_FOLDER.value),
+    'stats': lambda: run_lib.make_stats(config),
+    'inspect_data': lambda: run_lib.inspect_data(config, workdir),
+    'prepare_data': lambda: run_lib.prepare_data(config),
+    'train_classifier': lambda: run_lib.train_classifier(config, workdir),
+    'import': lambda: run_lib.import_checkpoint(config, workdir, checkpoint),
+    'export': lambda: run_lib.export_checkpoint(
+      config, workdir, checkpoint=checkpoint, number=number, dtype=_DTYPE.value
+    ),
+  }
+
+
+def _write_report() -> None:
+  """Runs `--mode=report`, which needs neither JAX nor a device: it starts without them.
+
+  Raises:
+    UserError: the runs cannot be read, or the page cannot be written.
+  """
+  if _DRY_RUN.value:
+    raise UserError('--mode=report computes nothing that --dry_run could spare: leave it out.')
+  from modes import report
+  from report.page import Recipe
+
+  recipe = None
+  if _CONFIG.value is not None:
+    recipe = Recipe(config_flags.get_config_filename(flags.FLAGS['config']), _CONFIG.value)
+  path = report.make_report(report.split_workdirs(_WORKDIR.value), _REPORT.value, recipe)
+  print(f'{path}: {path.stat().st_size / 1e6:.1f} MB, open it in a browser.')
 
 
 def _sentence(error: Exception) -> str | None:
@@ -209,7 +302,12 @@ def _say_last(message: str) -> None:
 if __name__ == '__main__':
   startup.restart_with_settings()
   startup.keep_compiled_programs()
-  flags.mark_flags_as_required(['config', 'mode'])
+  flags.mark_flag_as_required('mode')
+  flags.register_multi_flags_validator(
+    ['config', 'mode'],
+    lambda given: given['config'] is not None or given['mode'] in (None, 'report'),
+    'Flag --config must name a configuration file, such as those in configs/vp/.',
+  )
   flags.register_multi_flags_validator(
     ['workdir', 'mode'],
     lambda given: bool(given['workdir']) or given['mode'] in ('stats', 'prepare_data'),

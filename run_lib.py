@@ -1,29 +1,35 @@
 """One function for each mode of the program: it checks the configuration, then runs the mode."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from modes import convert
+from modes import dry_run as dry_run_mode
 from modes import evaluate as evaluate_mode
 from modes import inspect_data as inspect_mode
 from modes import prepare_data as prepare_data_mode
+from modes import report as report_mode
 from modes import sample as sample_mode
 from modes import stats as stats_mode
 from modes import train as train_mode
 from modes import train_classifier as classifier_mode
 from modes.preparation import prepare
 from modes.training_loop import NonFiniteLoss
+from report.page import Recipe
 from runtime import reporting
 from train_state import State
 
 __all__ = [
   'NonFiniteLoss',
+  'dry_run',
   'evaluate',
   'export_checkpoint',
   'import_checkpoint',
   'inspect_data',
+  'make_report',
   'make_stats',
   'prepare_data',
   'sample',
@@ -163,6 +169,42 @@ def train_classifier(config: ConfigDict, workdir: str | pathlib.Path) -> None:
   classifier_mode.train_classifier(*_start(config, workdir))
 
 
+def dry_run(
+  config: ConfigDict,
+  workdir: str | pathlib.Path = '',
+  *,
+  mode: str = 'train',
+  written: ConfigDict | None = None,
+  eval_folder: str = 'eval',
+  checkpoint: str | None = None,
+  number: int | None = None,
+) -> str:
+  """What a mode would do, without writing or compiling anything.
+
+  Args:
+    config: the configuration.
+    workdir: the directory of the run.
+    mode: the name of the mode, as of `--mode`.
+    written: the configuration as its file has it, with which `config` is compared.
+    eval_folder: as of `evaluate`.
+    checkpoint: as of `import_checkpoint` and `export_checkpoint`.
+    number: the number of the checkpoint that the mode uses.
+
+  Returns:
+    A text: the complete configuration, what differs from the file, the devices, the number of
+    parameters, the floating point operations and the memory of the training state.
+
+  Raises:
+    UserError: as the mode itself, except for what it would find in the data.
+  """
+  given = config.copy_and_resolve_references()
+  config, workdir = _start(config, workdir)
+  request = dry_run_mode.Request(
+    mode, workdir, given if written is None else written, eval_folder, checkpoint, number
+  )
+  return dry_run_mode.describe(config, request, given)
+
+
 def import_checkpoint(
   config: ConfigDict, workdir: str | pathlib.Path, checkpoint: str | None
 ) -> State:
@@ -213,3 +255,27 @@ def export_checkpoint(
   return convert.export_checkpoint(
     *_start(config, workdir), checkpoint=checkpoint, number=number, dtype=dtype
   )
+
+
+def make_report(
+  workdirs: Sequence[str | pathlib.Path],
+  path: str | pathlib.Path | None = None,
+  recipe: Recipe | None = None,
+) -> pathlib.Path:
+  """Writes an HTML page about runs, with curves, samples, evaluations, settings and the machine.
+
+  The page is one file that fetches nothing. What several runs have in common is shown once, and
+  their curves share their charts. Nothing else is written, so that a run may be in progress.
+
+  Args:
+    workdirs: the directories of the runs.
+    path: the file; by default `report.html` in the first directory.
+    recipe: a configuration to compare the runs with; by default the recorded overrides are shown.
+
+  Returns:
+    The path of the file.
+
+  Raises:
+    UserError: a directory does not exist or holds no run, or the file cannot be written.
+  """
+  return report_mode.make_report(workdirs, path, recipe)

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from models import utils as mutils
 from models.layers import is_frequency
 from runtime import parallelism
-from runtime.array_types import RandomKey
+from runtime.array_types import RandomKey, Scalar
 from runtime.registry import Registry
 
 PyTree = Any
@@ -48,6 +48,9 @@ class State:
   opt_state: PyTree
   model_state: PyTree
   ema_rate: float = flax.struct.field(pytree_node=False, default=0.9999)
+
+
+Observer = Callable[[State, PyTree], dict[str, Scalar]]
 
 
 def init_state(rng: RandomKey, config: ConfigDict) -> tuple[nn.Module, State]:
@@ -128,13 +131,34 @@ def get_optimizer(config: ConfigDict) -> optax.GradientTransformation:
   """
   optim = config.optim
   make = _OPTIMIZERS.get(optim.optimizer)
-  schedule = optax.constant_schedule(optim.lr)
-  if optim.warmup > 0:
-    schedule = optax.linear_schedule(0.0, optim.lr, optim.warmup)
+  schedule = learning_rate(config)
   clip = optax.identity()
   if optim.grad_clip >= 0:
     clip = optax.clip_by_global_norm(optim.grad_clip)
   return optax.chain(clip, make(schedule, optim))
+
+
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+  """The learning rate of step k, counted from 0: lr min(k / warmup, 1)."""
+  optim = config.optim
+  if optim.warmup > 0:
+    return optax.linear_schedule(0.0, optim.lr, optim.warmup)
+  return optax.constant_schedule(optim.lr)
+
+
+def observer(config: ConfigDict) -> Observer:
+  """The function `(state, gradient) -> numbers of the step by name` that a training logs.
+
+  They are the norm of the gradient, before it is clipped, and the learning rate. The clip computes
+  the same norm, so in a compiled step it costs nothing.
+  """
+  schedule = learning_rate(config)
+
+  def observe(state: State, grad: PyTree) -> dict[str, Scalar]:
+    rate = jnp.asarray(schedule(state.step), jnp.float32)
+    return {'gradient_norm': optax.global_norm(grad), 'learning_rate': rate}
+
+  return observe
 
 
 def optimization_manager(config: ConfigDict) -> Callable[[State, PyTree], State]:

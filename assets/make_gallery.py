@@ -7,6 +7,7 @@
 The rows of a picture are, from the top: what is observed, two samples, the original.
 """
 
+import functools
 import pathlib
 import sys
 
@@ -23,13 +24,18 @@ from runtime.reporting import image_grid, to_uint8, write_png
 
 ASSETS = pathlib.Path(__file__).parent
 FAST = {'method': 'dpm_solver++', 'eta': 1.0, 'n_steps': 50}
-COLUMNS = 10
+COLUMNS, SIDE = 10, 32  # images in a row, and their pixels
 
 
-def enlarged(images: np.ndarray, columns: int = COLUMNS, factor: int = 2) -> Image.Image:
-  """Images in [0, 1], (B, H, W, C), as a grid, each pixel a square of `factor` pixels."""
+def enlarged(images: np.ndarray, factor: int = 2) -> Image.Image:
+  """A grid of images in [0, 1], (B, H, W, C), each pixel a square of `factor` pixels.
+
+  Digits get a dark border, so that they are as large as the patches.
+  """
+  border = (SIDE - images.shape[1]) // 2
+  images = np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)))
   large = to_uint8(images).repeat(factor, 1).repeat(factor, 2)
-  return image_grid(large, columns, padding=factor)
+  return image_grid(large, COLUMNS, padding=factor)
 
 
 class Gallery:
@@ -40,12 +46,16 @@ class Gallery:
   """
 
   def __init__(self, pictures: str):
+    self.pictures = pictures
     self.digits = score_sde.load(ASSETS / 'digits.safetensors')
-    self.patches = score_sde.load(ASSETS / 'patches.safetensors')
     stored = np.load(ASSETS / 'mnist5k.npz')
     chosen = [np.flatnonzero(stored['test_labels'] == digit)[3] for digit in range(COLUMNS)]
     self.some_digits = stored['test_images'][chosen] / np.float32(255)
-    self.pictures = pictures
+
+  @functools.cached_property
+  def patches(self) -> score_sde.TrainedModel:
+    """The network of the patches."""
+    return score_sde.load(ASSETS / 'patches.safetensors')
 
   def some_patches(self) -> np.ndarray:
     """Patches that the network was not trained on, in [0, 1]."""

@@ -30,13 +30,13 @@ import losses
 import sampling
 import sde_lib
 import train_state
-from benchmarks import flops, machine, profile
+from benchmarks import machine, profile
 from benchmarks.request import PARTS, Request
 from models import utils as mutils
 from modes import train as train_mode
 from modes.preparation import prepare
 from modes.training_loop import restore_or_init
-from runtime import parallelism, startup
+from runtime import flops, parallelism, startup
 from runtime.array_types import Images, PerExample
 from runtime.errors import UserError
 from runtime.rng import stream

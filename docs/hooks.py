@@ -54,7 +54,8 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 def _mathml(formula: re.Match) -> str:
   tex = formula[2].replace('&lt;', '<').replace('&gt;', '>').replace('&amp;', '&').strip()
-  tex = tex.replace(r'\mathrm{', r'\text{')  # else single letters become italic
+  # Else single letters become italic, and functions touch their arguments.
+  tex = tex.replace(r'\mathrm{', r'\text{').replace(r'\log ', r'\log\,')
   number = _TAG.search(tex)
   display = 'block' if formula[1] == 'div' else 'inline'
   math = converter.convert(_TAG.sub('', tex), display=display)

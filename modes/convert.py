@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 import train_state
 from formats import FORMATS, ImportedCheckpoint
 from models.layers import is_frequency
-from modes.loading import load_weights
+from modes.loading import check_weights, load_weights
 from modes.training_loop import open_run
 from runtime import checkpoints, configuration, parallelism, reporting, weights
 from runtime.errors import UserError
@@ -38,17 +38,8 @@ _HEAD = 64  # bytes by which a format is recognised
 
 def import_checkpoint(config: ConfigDict, workdir: pathlib.Path, checkpoint: str | None) -> State:
   """See `run_lib.import_checkpoint`; `config` comes from `preparation.prepare`."""
-  if _has_checkpoints(workdir):
-    raise UserError(f'--workdir={workdir} already has checkpoints: import into a new one.')
-  check_run(config, workdir)
-  state = parallelism.place(read_state(config, checkpoint))
-  step, n_jitted_steps = int(state.step), config.training.n_jitted_steps
-  if step % n_jitted_steps:
-    raise UserError(
-      f'{checkpoint} is of step {step}, no multiple of training.n_jitted_steps={n_jitted_steps}: '
-      f'add --config.training.n_jitted_steps=1.'
-    )
-
+  state = parallelism.place(check_import(config, workdir, checkpoint))
+  step = int(state.step)
   number = -(-step // config.training.snapshot_freq)
   with at_work(workdir, '--workdir'), open_run(workdir) as run:
     record(config, workdir)
@@ -56,6 +47,21 @@ def import_checkpoint(config: ConfigDict, workdir: pathlib.Path, checkpoint: str
     run.snapshots.save(number, step, state)
     run.latest.save(step, step, state)
     logging.info('Imported %s, step %d, as %s.', checkpoint, step, run.snapshots.path(number))
+  return state
+
+
+def check_import(config: ConfigDict, workdir: pathlib.Path, checkpoint: str | None) -> State:
+  """Reads the file that `--mode=import` imports, and refuses what the mode would refuse."""
+  if _has_checkpoints(workdir):
+    raise UserError(f'--workdir={workdir} already has checkpoints: import into a new one.')
+  check_run(config, workdir)
+  state = read_state(config, checkpoint)
+  step, n_jitted_steps = int(state.step), config.training.n_jitted_steps
+  if step % n_jitted_steps:
+    raise UserError(
+      f'{checkpoint} is of step {step}, no multiple of training.n_jitted_steps={n_jitted_steps}: '
+      f'add --config.training.n_jitted_steps=1.'
+    )
   return state
 
 
@@ -181,18 +187,40 @@ def _set(opt_state: PyTree, kind: str, **fields: PyTree) -> PyTree:
 
 
 def _fitter(config: ConfigDict, path: pathlib.Path) -> Callable[[str, Arrays, PyTree], PyTree]:
-  """As `weights.fit`, but told what the arrays are, for the sentence of an error."""
+  """`weights.fit`, told what the arrays are, for the sentence of an error."""
+  where = f'{path} does not fit model.name={config.model.name} as configured; its '
+  return lambda what, arrays, like: _fit(f'{where}{what}: ', arrays, like)
 
-  def fit(what: str, arrays: Arrays, like: PyTree) -> PyTree:
-    try:
-      return weights.fit(arrays, like)
-    except weights.Misfit as error:
-      raise UserError(
-        f'{path} does not fit model.name={config.model.name} as configured; its {what}: {error}. '
-        f'Give the configuration that the file was trained with.'
-      ) from error
 
-  return fit
+def _fit(where: str, arrays: Arrays, like: PyTree) -> PyTree:
+  """As `weights.fit`, but raises a sentence that begins with `where`."""
+  try:
+    return weights.fit(arrays, like)
+  except weights.Misfit as error:
+    raise UserError(
+      f'{where}{error}. Give the configuration that the file was trained with.'
+    ) from error
+
+
+def check_export(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  checkpoint: str | None,
+  number: int | None,
+  *,
+  dtype: str = 'float32',
+) -> None:
+  """Refuses what `--mode=export` would refuse, but reads no weights."""
+  if dtype not in ('float32', 'float16'):
+    raise UserError(f'Unknown --dtype={dtype}: choose float32 or float16.')
+  check_weights(config, workdir, number)
+  if checkpoint:
+    _check_absent(pathlib.Path(checkpoint).expanduser())
+
+
+def _check_absent(path: pathlib.Path) -> None:
+  if path.exists():
+    raise UserError(f'--checkpoint={path} exists: choose another file for the export.')
 
 
 def export_checkpoint(
@@ -204,14 +232,11 @@ def export_checkpoint(
   dtype: str = 'float32',
 ) -> pathlib.Path:
   """See `run_lib.export_checkpoint`; `config` comes from `preparation.prepare`."""
-  if dtype not in ('float32', 'float16'):
-    raise UserError(f'Unknown --dtype={dtype}: choose float32 or float16.')
+  check_export(config, workdir, checkpoint, number, dtype=dtype)
   _, state = load_weights(config, workdir, number)
-
   step = int(state.step)
   path = pathlib.Path(checkpoint or workdir / f'export_{step}.safetensors').expanduser()
-  if path.exists():
-    raise UserError(f'--checkpoint={path} exists: choose another file for the export.')
+  _check_absent(path)
   variables = {'params': state.params_ema, **state.model_state}
   stored = jax.tree_util.tree_map_with_path(functools.partial(_stored, dtype), variables)
   arrays = flax.traverse_util.flatten_dict(stored, sep='/')

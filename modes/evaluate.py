@@ -37,15 +37,27 @@ from runtime.errors import UserError
 from runtime.workdir import at_work, check_run, log_start, of_model
 
 
-def evaluate(config: ConfigDict, workdir: pathlib.Path, eval_folder: str) -> None:
-  """See `run_lib.evaluate`; `config` comes from `preparation.prepare`."""
+def check(
+  config: ConfigDict, workdir: pathlib.Path, eval_folder: str
+) -> tuple[pathlib.Path, range]:
+  """Refuses what the mode would refuse, but reads neither data nor weights.
+
+  Returns:
+    The folder of the results, and the numbers of the checkpoints.
+  """
   _check_settings(config)
   folder = _folder(workdir, eval_folder)
   wanted = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
   check_run(config, workdir, _of_evaluation)
   _check_range(config, workdir, wanted)
+  _check_first(config, CheckpointReader(workdir / 'checkpoints'), wanted)
+  return folder, wanted
+
+
+def evaluate(config: ConfigDict, workdir: pathlib.Path, eval_folder: str) -> None:
+  """See `run_lib.evaluate`; `config` comes from `preparation.prepare`."""
+  folder, wanted = check(config, workdir, eval_folder)
   snapshots = CheckpointReader(workdir / 'checkpoints')
-  _check_first(config, snapshots, wanted)
   sde = sde_lib.get_sde(config)
   model, like = train_state.abstract_state(config)
   like = train_state.weights_only(like)

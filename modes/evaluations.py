@@ -10,7 +10,7 @@ import abc
 import itertools
 import pathlib
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +26,7 @@ import likelihood
 import losses
 import metrics
 import sampling
-from runtime import configuration, npz_file, parallelism, reporting
+from runtime import configuration, npz_file, parallelism, progress, reporting
 from runtime.array_types import Array, GreyLevels, RandomKey, Scalar
 from runtime.errors import UserError
 from runtime.registry import Registry
@@ -124,14 +124,6 @@ def _missing(paths: list[pathlib.Path]) -> list[int]:
   return [i for i, whole in enumerate(found) if not whole]
 
 
-def _progress(
-  rounds: Iterable[Any], what: str, *, files: list[pathlib.Path], missing: list[int]
-) -> tqdm.tqdm:
-  """A progress bar over the missing rounds, which counts the finished ones as done."""
-  done = len(files) - len(missing)
-  return tqdm.tqdm(rounds, what, len(files), initial=done, unit='round', disable=None)
-
-
 @register_evaluation(name='loss')
 class Loss(Evaluation):
   """The training objective (Eq. 7, or SMLD's or DDPM's) over the test split, each example once.
@@ -173,7 +165,8 @@ class Loss(Evaluation):
     """
     root = jax.random.fold_in(stream(self.config.seed, 'eval'), state.step)
     dataset, values, counts = self._dataset, [], []
-    batches = tqdm.tqdm(dataset.once(), 'loss', len(dataset), unit='batch', disable=None)
+    scale = dataset.batch_size
+    batches = progress.bar(dataset.once(), 'loss', len(dataset), unit='images', scale=scale)
     for i, batch in enumerate(batches):
       batch = parallelism.global_batch({key: batch[key] for key in ('image', 'weight')})
       values.append(float(self._batch_loss(jax.random.fold_in(root, i), state, batch)))
@@ -228,7 +221,14 @@ class BitsPerDim(Evaluation):
     root = jax.random.fold_in(stream(self.config.seed, 'bpd'), state.step)
     files, batches = self._files(number), len(self._dataset)
     missing = _missing(files)
-    rounds = _progress(self._images(missing), 'bits/dim', files=files, missing=missing)
+    rounds = progress.bar(
+      self._images(missing),
+      f'bits/dim of checkpoint {number}',
+      len(files),
+      unit='images',
+      initial=len(files) - len(missing),
+      scale=self._dataset.batch_size,
+    )
     for r, images in rounds:
       rng = jax.random.fold_in(root, r)
       bpd, _, nfe = self._likelihood_fn(rng, state, parallelism.global_batch(images))
@@ -283,6 +283,8 @@ class Samples(Evaluation):
     shape = (self._size, data.image_size, data.image_size, data.num_channels)
     inverse_scaler = datasets.get_data_inverse_scaler(config)
     self._sampling_fn = sampling.get_sampling_fn(config, sde, model, shape, inverse_scaler)
+    sampler = sampling.get_sampler(config, sde)
+    self._nfe = sampler.n_steps * sampler.nfe_per_step  # an estimate where the steps adapt
 
   def settings(self) -> dict[str, Any]:
     """As `Evaluation.settings`, with the settings that the sampler reads."""
@@ -320,20 +322,29 @@ class Samples(Evaluation):
     root = jax.random.fold_in(stream(self.config.seed, 'sample'), state.step)
     drawn, described = self._files(number, 'samples'), self._files(number, 'statistics')
     missing = _missing(drawn if self._extractor is None else described)
-    for r in _progress(missing, 'samples', files=drawn, missing=missing):
-      if _missing([drawn[r]]):
-        rng = sampling.batch_rng(self.config, root, r, size=self._size)
-        samples = self._draw(rng, state)[: self._count - r * self._size]
-        self.write(drawn[r], samples=samples)
-      else:  # killed between the two files
-        samples = _read(drawn[r])['samples']
-      if self._extractor is not None:
-        self.write(described[r], **self._extractor(samples))
+    with progress.bar(
+      what=f'samples of checkpoint {number}',
+      total=len(drawn) * self._nfe,
+      initial=(len(drawn) - len(missing)) * self._nfe,
+      unit='NFE',
+    ) as bar:
+      for r in missing:
+        start = bar.n
+        if _missing([drawn[r]]):
+          rng = sampling.batch_rng(self.config, root, r, size=self._size)
+          samples = self._draw(rng, state, bar)[: self._count - r * self._size]
+          self.write(drawn[r], samples=samples)
+        else:  # killed between the two files
+          samples = _read(drawn[r])['samples']
+        if self._extractor is not None:
+          self.write(described[r], **self._extractor(samples))
+        bar.update(start + self._nfe - bar.n)
     if self._extractor is not None and jax.process_index() == 0:
       self._compare(number, described)
 
-  def _draw(self, rng: RandomKey, state: State) -> GreyLevels:
-    samples = parallelism.to_host(self._sampling_fn(rng, state)[0])
+  def _draw(self, rng: RandomKey, state: State, bar: tqdm.tqdm) -> GreyLevels:
+    callback = reporting.SamplingProgress(bar, self._nfe)
+    samples = parallelism.to_host(self._sampling_fn(rng, state, callback=callback)[0])
     reporting.check_finite(samples, 'samples', int(state.step))
     return reporting.to_uint8(samples)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from absl import logging
 from jaxtyping import Float
 from ml_collections import ConfigDict
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 import datasets
 from configs import recipes
 from modes.stats import TrainingImages
-from runtime import configuration, reporting
+from runtime import configuration, progress, reporting
 from runtime.array_types import GreyLevels
 from runtime.errors import UserError
 from runtime.rng import stream
@@ -67,7 +66,8 @@ def _describe(dataset: datasets.Dataset, config: ConfigDict) -> dict[str, Any]:
   sums = np.zeros((2, config.data.num_channels))
   labels: list[int] = []
   scaler = datasets.get_data_scaler(config)
-  for batch in tqdm.tqdm(dataset.once(), 'reading', len(dataset), unit='batch', disable=None):
+  scale = dataset.batch_size
+  for batch in progress.bar(dataset.once(), 'reading', len(dataset), unit='images', scale=scale):
     used = batch['weight'] > 0
     images = batch['image'][used]
     low, high = min(low, int(images.min())), max(high, int(images.max()))

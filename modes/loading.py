@@ -11,6 +11,12 @@ from runtime import workdir as workdirs
 from train_state import State
 
 
+def check_weights(config: ConfigDict, workdir: pathlib.Path, number: int | None) -> None:
+  """Refuses what `load_weights` would refuse, but reads no weights."""
+  workdirs.check_run(config, workdir, workdirs.of_model)
+  workdirs.check_state(workdir, number)
+
+
 def load_weights(
   config: ConfigDict, workdir: pathlib.Path, number: int | None = None
 ) -> tuple[nn.Module, State]:
@@ -28,6 +34,6 @@ def load_weights(
     logging.warning(
       '%s has no config.json: the configuration cannot be compared with that of the run.', workdir
     )
-  workdirs.check_run(config, workdir, workdirs.of_model)
+  check_weights(config, workdir, number)
   model, like = train_state.abstract_state(config)
   return model, workdirs.load_state(workdir, train_state.weights_only(like), number)

@@ -29,8 +29,8 @@ import datasets
 import sampling
 import sde_lib
 from modes.drawing import TaskSampler, round_sizes
-from modes.loading import load_weights
-from runtime import configuration, parallelism, reporting
+from modes.loading import check_weights, load_weights
+from runtime import configuration, parallelism, progress, reporting
 from runtime.array_types import GreyLevels, Labels
 from runtime.configuration import differences
 from runtime.errors import UserError
@@ -39,6 +39,20 @@ from runtime.settings import read_keys
 from runtime.workdir import STORAGE, at_work, of_model, read_json
 from sde_lib import SDE
 from train_state import State
+
+
+def check(config: ConfigDict, workdir: pathlib.Path, checkpoint_number: int | None) -> None:
+  """Refuses what the mode would refuse, but reads neither data nor weights."""
+  _check_settings(config)
+  TaskSampler(config, sde_lib.get_sde(config))
+  check_weights(config, workdir, checkpoint_number)
+
+
+def _check_settings(config: ConfigDict) -> None:
+  settings = config.sampling
+  datasets.check_batch_size(settings.batch_size, 'sampling.batch_size')
+  if settings.num_samples < 1:
+    raise UserError(f'sampling.num_samples={settings.num_samples} must be at least 1.')
 
 
 def sample(config: ConfigDict, workdir: pathlib.Path, checkpoint_number: int | None) -> None:
@@ -54,7 +68,7 @@ def sample(config: ConfigDict, workdir: pathlib.Path, checkpoint_number: int | N
   with at_work(directory, '--workdir'):
     _record_settings(directory, _settings(config, read, draw.source, state=state))
     sizes = round_sizes(settings.num_samples, settings.batch_size)
-    with tqdm.tqdm(total=len(sizes) * draw.nfe, unit='NFE', disable=None) as bar:
+    with progress.bar(what='samples', total=len(sizes) * draw.nfe, unit='NFE') as bar:
       for number, size in enumerate(sizes):
         if not parallelism.from_first_process(_is_done(directory, number, size)):
           draw(sampler, state, number=number, size=size, directory=directory, bar=bar)
@@ -132,12 +146,9 @@ class RoundSampler(TaskSampler):
   """
 
   def __init__(self, config: ConfigDict, sde: SDE):
-    settings = config.sampling
-    datasets.check_batch_size(settings.batch_size, 'sampling.batch_size')
-    if settings.num_samples < 1:
-      raise UserError(f'sampling.num_samples={settings.num_samples} must be at least 1.')
+    _check_settings(config)
     super().__init__(config, sde)
-    self._seed, self._settings = config.seed, settings
+    self._seed, self._settings = config.seed, config.sampling
     self.source = datasets.get_source(config, 'test') if self.task.uses_images else None
 
   def __call__(

@@ -12,7 +12,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from absl import logging
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 import datasets
 import metrics
 from evaluation import get_extractor, provenance, stats_path
-from runtime import parallelism, reporting
+from runtime import parallelism, progress, reporting
 from runtime.array_types import Array, Count, Features, GreyLevels, Scalar, Scaler
 from runtime.errors import UserError
 from runtime.workdir import log_start
@@ -43,8 +42,8 @@ def write_stats(config: ConfigDict) -> pathlib.Path:
       written.
   """
   log_start(config)
-  path = stats_path(config)
-  _check_stats_settings(config, path)
+  path = check(config)
+  reporting.check_writable(path.parent, 'eval.stats_path')
   extractor = get_extractor(config)
   size, split = extractor.global_batch_size(), config.eval.stats_split
   source = datasets.get_source(config, split)
@@ -59,7 +58,8 @@ def write_stats(config: ConfigDict) -> pathlib.Path:
 
   digest, images = hashlib.sha256(), TrainingImages(config, source) if split == 'train' else None
   features = _Features(extractor.num_features, len(source), config.eval.stats_features)
-  for i, batch in enumerate(tqdm.tqdm(dataset.once(), 'statistics', len(dataset), disable=None)):
+  batches = progress.bar(dataset.once(), 'statistics', len(dataset), unit='images', scale=size)
+  for i, batch in enumerate(batches):
     batch = parallelism.global_batch(batch['image'])
     pixels = parallelism.to_host(batch)[: dataset.count(i)]
     digest.update(pixels.tobytes())
@@ -84,9 +84,9 @@ def write_stats(config: ConfigDict) -> pathlib.Path:
   return path
 
 
-def _check_stats_settings(config: ConfigDict, path: pathlib.Path) -> None:
-  """Raises `UserError` for settings that `--mode=stats` cannot use."""
-  settings = config.eval
+def check(config: ConfigDict) -> pathlib.Path:
+  """Refuses settings that `--mode=stats` cannot use; returns the path of its file."""
+  settings, path = config.eval, stats_path(config)
   if settings.stats_split not in ('train', 'test'):
     raise UserError(f"eval.stats_split={settings.stats_split!r} must be 'train' or 'test'.")
   if settings.sigma_max_images < 0 or settings.sigma_max_images == 1:
@@ -96,7 +96,7 @@ def _check_stats_settings(config: ConfigDict, path: pathlib.Path) -> None:
     )
   if path.is_dir():
     raise UserError(f'eval.stats_path={path} is a folder: set the path of a file.')
-  reporting.check_writable(path.parent, 'eval.stats_path')
+  return path
 
 
 class _Features:
@@ -160,7 +160,7 @@ class TrainingImages:
 
   def read(self) -> 'TrainingImages':
     """Reads the sample, and no other images, from the source; returns itself."""
-    for i in tqdm.tqdm(self._chosen.tolist(), 'images for sigma_max', disable=None):
+    for i in progress.bar(self._chosen.tolist(), 'reading for sigma_max', unit='images'):
       self.add(i, self._source[i]['image'][None])
     return self
 
@@ -217,7 +217,7 @@ def largest_distance(images: _Levels, block_bytes: int = 2**26) -> float:
 
   starts = range(0, len(pixels), size)
   best, pair = -1.0, (0, 0)
-  for a in tqdm.tqdm(starts, 'sigma_max', disable=None):
+  for a in progress.bar(starts, 'sigma_max', unit='blocks'):
     x = block(a)
     for b in range(a, len(pixels), size):
       square, i = farthest(x, block(b))

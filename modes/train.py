@@ -29,17 +29,24 @@ from runtime.rng import stream
 from runtime.workdir import at_work, check_run, log_start, record
 from train_state import State
 
+PyTree = Any
+
+
+def check(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Refuses what a training would refuse, but reads no data."""
+  check_run(config, workdir)
+
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> None:
   """See `run_lib.train`; `config` comes from `preparation.prepare`."""
-  check_run(config, workdir)
+  check(config, workdir)
   data, training = config.data, config.training
   train_ds, eval_ds, _ = datasets.get_dataset(config, data.uniform_dequantization)
   sde = sde_lib.get_sde(config)
   model, like = train_state.abstract_state(config)
   init = lambda: train_state.init_state(stream(config.seed, 'init'), config)[1]
   train_step = compile_train_step(
-    losses.build_step_fn(config, sde, model, train=True),
+    losses.build_step_fn(config, sde, model, train=True, observe=train_state.observer(config)),
     train_ds.preprocess,
     stream(config.seed, 'train'),
     table=train_ds.table('image'),
@@ -84,7 +91,7 @@ def compile_train_step(
   table: datasets.Table = None,
   fused: bool | None = None,
 ) -> TrainStep:
-  """Compiles a training step `(state, batches) -> (state, losses (n,))`, which consumes the state.
+  """Compiles a training step `(state, batches) -> (state, numbers (n,))`, which consumes the state.
 
   It takes a list of n batches, each of which gives one optimizer step: dictionaries with `image`,
   grey levels (B, H, W, C), or with a `table` of all images their numbers, `index`, (B,).
@@ -101,17 +108,20 @@ def compile_train_step(
 
 def train_step_of(
   step_fn: StepFn, preprocess: datasets.Preprocess, rng: RandomKey
-) -> Callable[[State, datasets.Inputs, datasets.Table], tuple[State, Scalar]]:
-  """The step that `compile_train_step` compiles, `(state, inputs, table) -> (state, loss)`."""
+) -> Callable[[State, datasets.Inputs, datasets.Table], tuple[State, PyTree]]:
+  """The step that `compile_train_step` compiles, `(state, inputs, table) -> (state, numbers)`.
+
+  The numbers are what `step_fn` returns: the loss, or a dictionary that has it.
+  """
 
   def one_step(
     state: State, inputs: datasets.Inputs, table: datasets.Table
-  ) -> tuple[State, Scalar]:
+  ) -> tuple[State, PyTree]:
     data_rng, step_rng = jax.random.split(jax.random.fold_in(rng, state.step))
     images = parallelism.shard_batch(datasets.take(inputs, table)['image'])
     batch = {'image': preprocess(data_rng, images)}
-    (_, state), loss = step_fn((step_rng, state), batch)
-    return state, loss
+    (_, state), numbers = step_fn((step_rng, state), batch)
+    return state, numbers
 
   return one_step
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -22,7 +21,7 @@ import datasets
 import train_state
 from models.classifier import CLASSIFIERS, create_classifier, write_classifier_file
 from modes.training_loop import compile_steps, open_run, restore_or_init, train_loop
-from runtime import parallelism, reporting
+from runtime import parallelism, progress, reporting
 from runtime.array_types import Count, Labels, RandomKey, Scalar
 from runtime.errors import UserError
 from runtime.rng import stream
@@ -31,6 +30,7 @@ from sde_lib import batch_mul
 from train_state import State
 
 PyTree = Any
+Numbers = dict[str, Scalar]
 LossFn = Callable[[PyTree, RandomKey, PyTree], tuple[Scalar, Scalar]]
 
 FILE = 'classifier.safetensors'
@@ -57,21 +57,43 @@ class Network(Protocol):
     """Logits (B, num_classes) of images (B, H, W, C) with noise levels (B,)."""
 
 
+def check(config: ConfigDict, workdir: pathlib.Path) -> State:
+  """Refuses what the training would refuse, but reads no data; returns the shapes of its state."""
+  config = _own_config(config)
+  check_run(_recorded(config), workdir, _guarded)
+  return jax.eval_shape(functools.partial(_init_state, config))  # refuses shapes that do not fit
+
+
+def _guarded(name: str) -> bool:
+  return not name.startswith(_FREE)
+
+
+def functions(
+  config: ConfigDict,
+) -> tuple[Network, Callable[[State, PyTree, PyTree], tuple[State, Numbers]]]:
+  """The classifier, and the function of one training step, for counting what they compute."""
+  config = _own_config(config)
+  preprocess = datasets.get_preprocess_fn(config, config.data.uniform_dequantization)
+  return _network(config), _train_step(config, _network(config), preprocess)
+
+
+def _network(config: ConfigDict) -> Network:
+  return CLASSIFIERS.build(config.classifier.name, config.classifier)
+
+
 def train_classifier(config: ConfigDict, workdir: pathlib.Path) -> None:
   """See `run_lib.train_classifier`; `config` comes from `preparation.prepare`."""
+  like = check(config, workdir)
   config = _own_config(config)
-  guarded = lambda name: not name.startswith(_FREE)
-  check_run(_recorded(config), workdir, guarded)
   fresh_state = functools.partial(_init_state, config)
-  like = jax.eval_shape(fresh_state)  # the network refuses shapes that do not fit
   train_ds, eval_ds, _ = datasets.get_dataset(config, config.data.uniform_dequantization)
   _check_labels(train_ds.batch(0)['label'], config)
 
   with at_work(workdir, '--workdir'), open_run(workdir) as run:
     splits = {'train': train_ds.source, 'test': eval_ds.source}
-    record(_recorded(config), workdir, guarded, **splits)
+    record(_recorded(config), workdir, _guarded, **splits)
     log_start(config)
-    module = CLASSIFIERS.build(config.classifier.name, config.classifier)
+    module = _network(config)
     state = restore_or_init(run.directories, like, lambda: parallelism.draw(fresh_state))
     table = train_ds.table('image', 'label')
     if table is not None:
@@ -222,15 +244,16 @@ def _loss_fn(config: ConfigDict, module: Network, preprocess: datasets.Preproces
 
 def _train_step(
   config: ConfigDict, module: Network, preprocess: datasets.Preprocess
-) -> Callable[[State, PyTree, PyTree], tuple[State, Scalar]]:
-  """The function of one optimizer step, `(state, inputs, table) -> (state, loss)`."""
+) -> Callable[[State, PyTree, PyTree], tuple[State, Numbers]]:
+  """The function of one optimizer step, `(state, inputs, table) -> (state, numbers)`."""
   grad_fn = jax.value_and_grad(_loss_fn(config, module, preprocess), has_aux=True)
   optimize_fn = train_state.optimization_manager(config)
+  observe = train_state.observer(config)
 
-  def step(state: State, inputs: PyTree, table: PyTree) -> tuple[State, Scalar]:
+  def step(state: State, inputs: PyTree, table: PyTree) -> tuple[State, Numbers]:
     batch = datasets.take(inputs, table)
     (loss, _), grad = grad_fn(state.params, _key(config, 'train', state.step), batch)
-    return optimize_fn(state, grad), loss
+    return optimize_fn(state, grad), {'training_loss': loss, **observe(state, grad)}
 
   return step
 
@@ -253,7 +276,8 @@ def _test_accuracy(
 
   sigmas = [sigma for sigma in TEST_SIGMAS if sigma <= section.sigma_max]
   counts = dict.fromkeys(map(str, sigmas), 0)
-  for start in tqdm.trange(0, len(source), size, unit='batch', disable=None):
+  starts = range(0, len(source), size)
+  for start in progress.bar(starts, 'accuracy', unit='images', scale=size):
     examples = [source[i] for i in range(start, min(start + size, len(source)))]
     batch = {key: np.stack([example[key] for example in examples]) for key in ('image', 'label')}
     # Every device gets the whole batch: the last one may be too small to share evenly.

@@ -14,14 +14,16 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from runtime import checkpoints, parallelism, reporting
-from runtime.array_types import Array, Scalar
+from runtime.array_types import Array
 from runtime.checkpoints import CheckpointDirectory
-from runtime.preemption import Preemption
+from runtime.preemption import Preemption, to_resume
+from runtime.progress import Pace, duration, memory
 from train_state import State
 
 PyTree = Any
 Losses = Float[Array, 'n']
-TrainStep = Callable[[State, list[PyTree]], tuple[State, Losses]]
+Numbers = dict[str, Losses]  # of n steps, by name; `training_loss` is one of them
+TrainStep = Callable[[State, list[PyTree]], tuple[State, PyTree]]
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -74,11 +76,12 @@ def train_loop(
   """Trains from `state` to the last step, with metrics, checkpoints and stopping.
 
   Args:
-    training: `n_iters`, `n_jitted_steps` and the four frequencies.
+    training: `n_iters`, `batch_size`, `n_jitted_steps` and the four frequencies.
     run: the run.
     state: the state to start from.
     batches: one for each step, beginning with the step of `state`.
-    train_step: `(state, n batches) -> (state, losses (n,))`; it consumes the state.
+    train_step: `(state, n batches) -> (state, numbers)`, the loss and others of each of the n
+      steps, see `Numbers`; it consumes the state.
     evaluate: called as `evaluate(state, step, metrics)` every `eval_freq` steps.
     at_snapshot: called after every kept checkpoint, and again when a run resumes from one; it
       returns False if a signal asked it to stop.
@@ -92,11 +95,13 @@ def train_loop(
     UnsavedCheckpoint: a checkpoint could not be written.
   """
   step = int(state.step)
+  on_cpu = jax.default_backend() == 'cpu'  # where a call returns when its steps are done
   last = training.n_iters - training.n_iters % training.n_jitted_steps
   with (
     reporting.MetricWriter(run.workdir, step) as metrics,
-    tqdm.tqdm(total=last, initial=step, unit='step', disable=None) as progress,
+    tqdm.tqdm(total=last, initial=step, unit='step', disable=None) as bar,
   ):
+    log = StepLog(metrics, last, training.batch_size, saved=step)
     if _is_snapshot(step, last, training.snapshot_freq):
       at_snapshot(state, metrics)  # if the process was killed after the checkpoint, before this
     unchecked = []
@@ -106,28 +111,32 @@ def train_loop(
       nonlocal unchecked
       if not unchecked:
         return
-      last_step, losses = unchecked[-1][0], [values for _, values in unchecked]
-      loss = _check_finite(losses, last_step, run)
+      last_step, numbers = unchecked[-1]
+      _check_finite([values['training_loss'] for _, values in unchecked], last_step, run)
       unchecked = []
       if last_step % training.log_freq == 0:
-        metrics.scalar('training_loss', loss, last_step)
-        progress.set_postfix(loss=f'{loss:.4g}')
+        log(last_step, {name: float(values[-1]) for name, values in numbers.items()})
 
+    if step < last:
+      logging.info('Compiling the training step, which takes a while.')
     while step < last:
       group = [next(batches) for _ in range(training.n_jitted_steps)]
-      state, step_losses = train_step(state, group)
-      if step % training.log_freq == 0:
+      state, numbers = train_step(state, group)
+      if step % training.log_freq == 0 and not on_cpu:
         fetch()  # while an accelerator is busy with the steps that were just started
       step += training.n_jitted_steps
-      unchecked.append((step, step_losses))
-      progress.update(training.n_jitted_steps)
+      unchecked.append((step, numbers))
+      bar.update(training.n_jitted_steps)
+      log.start(step)
 
       snapshot_due = _is_snapshot(step, last, training.snapshot_freq)
       save_due = snapshot_due or step % training.snapshot_freq_for_preemption == 0
       stop = run.preemption.requested(step % training.log_freq == 0)
       evaluation_due = step % training.eval_freq == 0
-      if save_due or evaluation_due or stop or step == last:
+      log_due = on_cpu and step % training.log_freq == 0
+      if log_due or save_due or evaluation_due or stop or step == last:
         fetch()
+      interrupted = save_due or evaluation_due
       if evaluation_due:
         evaluate(state, step, metrics)
       if snapshot_due:
@@ -135,11 +144,53 @@ def train_loop(
         stop = not at_snapshot(state, metrics) or stop
       if save_due or stop:
         run.latest.save(step, step, state)
+        log.saved = step
       if stop:
-        logging.info('Stopped by a signal at step %d; the same command resumes.', step)
+        logging.info('Stopped by a signal at step %d and saved. %s', step, to_resume())
         return None
+      if interrupted:
+        log.pace.resume(step)
   logging.info('Training is complete at step %d.', step)
   return state
+
+
+class StepLog:
+  """Writes the numbers of steps to the metrics, and a line of them and of the speed to the log.
+
+  Args:
+    metrics: where the numbers go.
+    last: the last step of the training.
+    batch_size: the number of images of a step.
+    saved: the step that was saved last; 0 if none was.
+  """
+
+  def __init__(self, metrics: reporting.MetricWriter, last: int, batch_size: int, *, saved: int):
+    self.pace, self.saved = Pace(last), saved
+    self._metrics, self._last, self._batch_size = metrics, last, batch_size
+    self._started = False
+
+  def start(self, step: int) -> None:
+    """Starts the clock after the first call of a training step, which compiles it."""
+    if not self._started:
+      self.pace.resume(step)
+      self._started = True
+
+  def __call__(self, step: int, numbers: dict[str, float]) -> None:
+    """Writes `numbers`, of which `training_loss` is one, of a step."""
+    speed, seconds = self.pace.lap(step)
+    images = None if speed is None else speed * self._batch_size
+    measured = {'images_per_second': images, 'memory': memory()}
+    known = {name: value for name, value in measured.items() if value is not None}
+    loss = numbers['training_loss']  # first, whatever the order of the others
+    self._metrics.scalars({'training_loss': loss, **numbers, **known}, step)
+    rates = '' if speed is None else f'{speed:.4g} steps/s, {images:.0f} images/s, '
+    others = {name.replace('_', ' '): x for name, x in numbers.items() if name != 'training_loss'}
+    shown = ''.join(f', {name} {x:.4g}' for name, x in others.items())
+    left = '' if seconds is None else f', {duration(seconds)} left'
+    saved = f'last checkpoint at step {self.saved}' if self.saved else 'no checkpoint yet'
+    logging.info(
+      'step %d of %d: %sloss %.5g%s%s, %s', step, self._last, rates, loss, shown, left, saved
+    )
 
 
 def _is_snapshot(step: int, last: int, frequency: int) -> bool:
@@ -168,8 +219,8 @@ def restore_or_init(
   return state
 
 
-def _check_finite(chunks: list[Losses], step: int, run: Run) -> float:
-  """The last of the losses of the steps up to `step`.
+def _check_finite(chunks: list[Losses], step: int, run: Run) -> None:
+  """Checks the losses of the steps up to `step`.
 
   Raises:
     NonFiniteLoss: if any of them is NaN or infinite.
@@ -183,15 +234,14 @@ def _check_finite(chunks: list[Losses], step: int, run: Run) -> float:
       f'{"; the checkpoints hold earlier steps" if saved else ""}: train in a new --workdir with a '
       f'lower optim.lr, a longer optim.warmup or a smaller optim.grad_clip, or check the data.'
     )
-  return float(values[-1])
 
 
 def compile_steps(
-  one_step: Callable[[State, PyTree, PyTree], tuple[State, Scalar]],
+  one_step: Callable[[State, PyTree, PyTree], tuple[State, PyTree]],
   constants: PyTree = None,
   fused: bool | None = None,
 ) -> TrainStep:
-  """Compiles `(state, n batches) -> (state, losses (n,))`, which consumes the state.
+  """Compiles `(state, n batches) -> (state, numbers (n,))`, which consumes the state.
 
   The state is split over the devices as `parallelism.place` does it.
 
@@ -199,15 +249,15 @@ def compile_steps(
   slows convolutions in loops down, they are n calls of the same compiled step.
 
   Args:
-    one_step: `(state, global batch, constants) -> (state, loss)`.
+    one_step: `(state, global batch, constants) -> (state, numbers)`, a tree of scalars.
     constants: arrays that every device holds, such as all images.
     fused: whether to compile a loop; None decides by the kind of device.
   """
   whole = parallelism.replicated()
 
-  def step(state: State, batch: PyTree, constants: PyTree) -> tuple[State, Scalar]:
-    state, loss = one_step(state, batch, constants)
-    return parallelism.split_parameters(state), loss
+  def step(state: State, batch: PyTree, constants: PyTree) -> tuple[State, PyTree]:
+    state, numbers = one_step(state, batch, constants)
+    return parallelism.split_parameters(state), numbers
 
   if fused is None:
     fused = jax.default_backend() != 'cpu'
@@ -220,9 +270,8 @@ def compile_steps(
       in_shardings=(None, parallelism.batch_sharding(axis=1), whole),
       out_shardings=(None, whole),
     )
-    stack = lambda group: jax.tree.map(lambda *arrays: np.stack(arrays), *group)
     return lambda state, group: compiled(
-      state, parallelism.global_batch(stack(group), axis=1), constants
+      state, parallelism.global_batch(_stack(group), axis=1), constants
     )
 
   compiled = jax.jit(
@@ -232,12 +281,16 @@ def compile_steps(
     out_shardings=(None, whole),
   )
 
-  def steps(state: State, group: list[PyTree]) -> tuple[State, Losses]:
-    step_losses = []
+  def steps(state: State, group: list[PyTree]) -> tuple[State, PyTree]:
+    all_numbers = []
     for batch in group:
-      state, loss = compiled(state, parallelism.global_batch(batch), constants)
+      state, numbers = compiled(state, parallelism.global_batch(batch), constants)
       # This waits: several calls in flight may deadlock, each with a share of XLA's threads.
-      step_losses.append(np.asarray(loss))
-    return state, np.asarray(step_losses)
+      all_numbers.append(jax.tree.map(np.asarray, numbers))
+    return state, _stack(all_numbers)
 
   return steps
+
+
+def _stack(trees: list[PyTree]) -> PyTree:
+  return jax.tree.map(lambda *arrays: np.stack(arrays), *trees)

@@ -35,7 +35,9 @@ def read_file(path: str, argument: str = '') -> ConfigDict:
   try:
     return get_config(argument) if argument else get_config()
   except TypeError as error:
-    raise UserError(f'{path}: {error}; give {path}:argument, or leave the argument out.') from error
+    raise UserError(
+      f'{path}: {error}; write {path}:argument, or leave the argument out.'
+    ) from error
 
 
 def complete(config: ConfigDict, extra: Mapping[str, Mapping[str, Any]]) -> ConfigDict:

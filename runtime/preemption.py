@@ -1,6 +1,9 @@
 """Signals that ask a run to stop."""
 
+import pathlib
+import shlex
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -9,8 +12,18 @@ import jax
 from runtime import parallelism
 
 
+def to_resume() -> str:
+  """The sentence that says how to go on."""
+  program = sys.argv[0]
+  if pathlib.Path(program).name != 'main.py':
+    return 'To resume, make the same call again.'
+  return f'To resume, run: {shlex.join(sys.orig_argv)}'
+
+
 class Preemption:
-  """Turns SIGTERM, SIGINT and SIGHUP into a request to save and stop; a second SIGINT stops at once.
+  """Turns SIGTERM, SIGINT and SIGHUP into a request to save and stop.
+
+  A second SIGINT stops at once.
 
   Use it as a context manager, which handles the signals until it exits.
   """

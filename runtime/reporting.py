@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -242,10 +242,15 @@ class MetricWriter(contextlib.AbstractContextManager):
   def scalar(self, name: str, value: float, step: int) -> None:
     """Records `value` as the number `name` of training step `step`."""
     logging.info('step: %d, %s: %.5e', step, name, value)
+    self.scalars({name: float(value)}, step)
+
+  def scalars(self, values: Mapping[str, float], step: int) -> None:
+    """Records several numbers of training step `step`, which the caller may log in its own way."""
     if self._active:
-      self._file.write(json.dumps({'step': step, name: float(value)}) + '\n')
+      self._file.write(json.dumps({'step': step, **values}) + '\n')
       self._file.flush()
-      self._tensorboard.add_scalar(name, float(value), step)
+      for name, value in values.items():
+        self._tensorboard.add_scalar(name, value, step)
 
   def images(self, name: str, images: Images, step: int) -> None:
     """Records a grid of images (B, H, W, C), in [0, 1], in TensorBoard."""

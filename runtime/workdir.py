@@ -3,6 +3,7 @@
 config.json     the configuration of the run, which every mode compares with its own
 data.json       fingerprints of the training and test images, and the names of the classes
 versions.json   versions of the packages
+start.json      the configuration file, the overrides and the machine of the last start
 .lock           locked by the process that writes to the directory
 """
 
@@ -22,7 +23,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from runtime import checkpoints, configuration, parallelism, reporting
+from runtime import checkpoints, configuration, parallelism, reporting, start
 from runtime.checkpoints import CheckpointReader
 from runtime.errors import UserError
 from runtime.files import lock
@@ -168,7 +169,7 @@ def record(
   guarded: Callable[[str], bool] = of_training,
   **sources: Any,
 ) -> None:
-  """Writes `config.json`, `versions.json` and `data.json` to the directory of a run.
+  """Writes `config.json`, `versions.json`, `start.json` and `data.json` to the directory of a run.
 
   Args:
     config: the configuration of the run.
@@ -183,6 +184,7 @@ def record(
   fingerprints = _check_data(workdir, sources)
   _write_json(workdir / 'config.json', configuration.plain(config))
   _write_json(workdir / 'versions.json', versions())
+  _write_json(workdir / 'start.json', start.description())
   if sources:
     _write_json(workdir / 'data.json', fingerprints)
 
@@ -298,15 +300,28 @@ def load_state(workdir: pathlib.Path, like: PyTree, number: int | None = None) -
   Raises:
     UserError: if the state does not exist, is damaged or does not fit the configuration.
   """
-  snapshots, latest = (CheckpointReader(workdir / name) for name in checkpoints.DIRECTORIES)
-  if number is None:
-    state = checkpoints.restore_newest([latest, snapshots], like)
-    if state is None:
-      raise UserError(f'--workdir={workdir} holds no checkpoint: train there first, or import.')
-    return state
-  if number not in snapshots.numbers():
+  check_state(workdir, number)
+  snapshots, latest = _readers(workdir)
+  if number is not None:
+    return checkpoints.restore(snapshots, number, like)
+  return checkpoints.restore_newest([latest, snapshots], like)
+
+
+def check_state(workdir: pathlib.Path, number: int | None = None) -> None:
+  """Checks that a run has the saved state of this number, or any; the arguments are `load_state`'s.
+
+  Raises:
+    UserError: if it has not.
+  """
+  snapshots, latest = _readers(workdir)
+  if number is None and not snapshots.numbers() and not latest.numbers():
+    raise UserError(f'--workdir={workdir} holds no checkpoint: train there first, or import.')
+  if number is not None and number not in snapshots.numbers():
     raise UserError(
       f'--checkpoint_number={number} is not in {workdir}/checkpoints: it has '
       f'{snapshots.numbers()}; choose one of these.'
     )
-  return checkpoints.restore(snapshots, number, like)
+
+
+def _readers(workdir: pathlib.Path) -> list[CheckpointReader]:
+  return [CheckpointReader(workdir / name) for name in checkpoints.DIRECTORIES]

@@ -26,12 +26,11 @@ from typing import Any
 
 import crc32c
 import numpy as np
-import tqdm
 from absl import logging
 from jaxtyping import Float, Int, Integer, UInt8
 from ml_collections import ConfigDict
 
-from runtime import npz_file, reporting
+from runtime import npz_file, progress, reporting
 from runtime.errors import UserError
 from runtime.files import lock, write_atomic
 from runtime.startup import available_cores, user_cache
@@ -234,7 +233,7 @@ def _build(maker: ShardMaker, workers: int, max_bad: int, title: str) -> None:
   shards, bad = [], []
   with (
     working(maker, workers) as make,
-    tqdm.tqdm(total=maker.count, desc=title, unit='picture', disable=None) as bar,
+    progress.bar(what=title, total=maker.count, unit='pictures') as bar,
   ):
     for shard in make(range(len(maker))):
       shards.append(shard)

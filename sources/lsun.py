@@ -115,7 +115,7 @@ def extract(path: pathlib.Path, folder: pathlib.Path) -> None:
       with (
         archive.open(info) as source,
         (part / 'data.mdb').open('wb') as target,
-        published.progress(title, info.file_size) as bar,
+        published.byte_bar(title, info.file_size) as bar,
       ):
         while block := source.read(_BLOCK):
           target.write(block)

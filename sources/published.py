@@ -25,7 +25,7 @@ from absl import logging
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from runtime import reporting
+from runtime import progress, reporting
 from runtime.errors import UserError
 from sources.base import Pictures
 from sources.cache import cache_folder
@@ -266,7 +266,7 @@ def _difference(file: PublishedFile, path: pathlib.Path) -> str:
     return ''
   method, _, published = file.checksum.partition(':')
   digest = hashlib.new(method, usedforsecurity=False)
-  with path.open('rb') as opened, progress(f'verifying {file.name}', size) as bar:
+  with path.open('rb') as opened, byte_bar(f'verifying {file.name}', size) as bar:
     while block := opened.read(_BLOCK):
       digest.update(block)
       bar.update(len(block))
@@ -278,16 +278,10 @@ def _difference(file: PublishedFile, path: pathlib.Path) -> str:
   )
 
 
-def progress(title: str, total: int | None, done: int = 0) -> tqdm.tqdm:
+def byte_bar(title: str, total: int | None, done: int = 0) -> tqdm.tqdm:
   """A progress bar that counts bytes."""
-  return tqdm.tqdm(
-    desc=title,
-    total=total,
-    initial=done,
-    unit='B',
-    unit_scale=True,
-    unit_divisor=1024,
-    disable=None,
+  return progress.bar(
+    what=title, total=total, initial=done, unit='B', unit_scale=True, unit_divisor=1024
   )
 
 
@@ -348,7 +342,7 @@ def _receive(file: PublishedFile, part: pathlib.Path) -> None:
       done = 0
     length = response.headers['Content-Length']
     total = done + int(length) if length else None
-    with part.open('ab' if continues else 'wb') as opened, progress(file.name, total, done) as bar:
+    with part.open('ab' if continues else 'wb') as opened, byte_bar(file.name, total, done) as bar:
       while block := response.read(_BLOCK):
         opened.write(block)
         bar.update(len(block))

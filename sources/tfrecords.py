@@ -25,11 +25,10 @@ from typing import Any
 
 import crc32c
 import numpy as np
-import tqdm
 from jaxtyping import Float, Int, Integer, UInt8
 from ml_collections import ConfigDict
 
-from runtime import npz_file, reporting
+from runtime import npz_file, progress, reporting
 from runtime.errors import UserError
 from sources.base import BatchReader, Example, mapped
 from sources.cache import cache_folder
@@ -126,7 +125,7 @@ class TFRecordSource(BatchReader):
     Raises:
       UserError: if a record is damaged.
     """
-    for i in tqdm.tqdm(range(len(self)), f'verifying {self.path.name}', disable=None):
+    for i in progress.bar(range(len(self)), f'verifying {self.path.name}', unit='records'):
       self._image(i)
 
   @functools.cached_property
@@ -194,7 +193,7 @@ def _make_index(path: pathlib.Path) -> dict[str, np.ndarray]:
   size, position = path.stat().st_size, 0
   with (
     path.open('rb', buffering=0) as file,
-    tqdm.tqdm(desc=f'indexing {path.name}', unit='record', disable=None) as bar,
+    progress.bar(what=f'indexing {path.name}', unit='records') as bar,
   ):
     while position < size:
       number = len(offsets)

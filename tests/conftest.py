@@ -23,6 +23,7 @@ TYPED = (
   'metrics',
   'models',
   'modes',
+  'report',
   'runtime',
   'samplers',
   'sampling',

@@ -55,11 +55,14 @@ def run(workdir, *overrides, **kwargs):
   return finish(start(workdir, *overrides, **kwargs))
 
 
+MEASURED = ('images_per_second', 'memory')  # which differ from run to run
+
+
 def history(workdir):
-  """(step, metric) -> value, and that no entry stands twice."""
+  """(step, metric) -> value, without measured ones, and that no entry stands twice."""
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   entries = [((line['step'], name), value) for line in lines for name, value in line.items()]
-  entries = [(key, value) for key, value in entries if key[1] != 'step']
+  entries = [(key, value) for key, value in entries if key[1] not in ('step', *MEASURED)]
   assert len(dict(entries)) == len(entries)
   return dict(entries)
 

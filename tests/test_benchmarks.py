@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import compare, flops, profile, report
+from benchmarks import compare, profile, report
+from runtime import flops
 from runtime.errors import UserError
 from tests import processes
 

@@ -89,7 +89,13 @@ def test_continued_training_ends_in_the_same_bits(trained, tmp_path):
   assert whole == (trained / training.FILE).read_bytes()
   assert processes.history(tmp_path) == processes.history(trained)
   names = {name for _, name in processes.history(tmp_path)}
-  assert names == {'training_loss', 'eval_loss', 'eval_accuracy'}
+  assert names == {
+    'training_loss',
+    'gradient_norm',
+    'learning_rate',
+    'eval_loss',
+    'eval_accuracy',
+  }
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import signal
 import subprocess
 import sys
 
@@ -12,7 +14,7 @@ from PIL import Image
 import run_lib
 from runtime.errors import UserError
 from tests import tiny_config
-from tests.processes import CONFIG, ROOT, environment
+from tests.processes import CONFIG, ROOT, command, environment, wait_for
 
 
 def main(*arguments, **variables):
@@ -54,7 +56,7 @@ MISTAKES = {
   'a configuration that does not exist': (['--config', 'nothing.py'], 'nothing.py does not exist'),
   'a configuration without its argument': (
     ['--config=tests/argument_config.py'],
-    "missing 1 required positional argument: 'which'; set --config=",
+    "missing 1 required positional argument: 'which'; write tests/argument_config.py:argument",
   ),
   'a file that is no configuration': (
     ['--config=tests/golden/fill.py'],
@@ -224,6 +226,23 @@ def test_own_pictures_are_prepared_inspected_and_trained_on(tmp_path):
   recorded = json.loads((workdir / 'data.json').read_text())
   assert recorded['class_names'] == ['cat', 'dog']
   assert recorded['num_classes'] == 2
+
+
+def test_a_signal_ends_a_mode_with_the_command_that_resumes_it(trained):
+  endless = '--config.sampling.n_steps=100000000'
+  arguments = command(trained, endless, '--config.sampling.method=ddim', mode='sample')
+  process = subprocess.Popen(
+    arguments, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+  )
+  wait_for(lambda: list(trained.glob('samples/*ddim*/settings.json')), process)
+  process.send_signal(signal.SIGTERM)
+  _, output = process.communicate(timeout=120)
+  assert process.returncode == 128 + signal.SIGTERM
+  assert output.splitlines()[-1] == (
+    f'Stopped by a signal; the files written before are intact. To resume, run: '
+    f'{shlex.join(arguments)}'
+  )
+  assert 'Traceback' not in output
 
 
 @pytest.mark.parametrize('name', ['requirements.txt', 'requirements-dev.txt', 'requirements.lock'])

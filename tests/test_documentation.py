@@ -1,7 +1,8 @@
 """Everything that the documentation tells readers to type works, and its links lead somewhere.
 
 Python blocks of a page run one after the other, in one namespace, in a folder where the files of
-the repository are to be found. A comment in front of a block changes that:
+the repository are to be found; a small network stands for that of the digits. A comment in front of
+a block changes that:
 
   <!-- run: n_steps=1000 => n_steps=2 -->   runs it with other text, to be quick
   <!-- skip: minutes -->                    does not run it, for one of `REASONS`
@@ -26,14 +27,18 @@ import pytest
 import yaml
 from ml_collections import ConfigDict
 
+import controllable_generation
+import run_lib
+import sampling
+import sde_lib
 from models.classifier import CLASSIFIERS
 from modes.preparation import _registered_keys
 from runtime import configuration
+from runtime.errors import UserError
 from sources.base import DATASETS
+from tests import tiny_config
 from tests.processes import ROOT, environment
 from tests.test_documented_extensions import REGISTRIES
-
-pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
 PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'), ROOT / 'assets' / 'README.md'])
 REASONS = {
@@ -103,19 +108,32 @@ for block in BLOCKS:
     RUN.setdefault(name_of(block.page), []).append(block)
 
 
+@pytest.fixture(scope='module')
+def small_network(tmp_path_factory):
+  """Stands for the network of the digits: the programs of pages then compile in no time."""
+  workdir = tmp_path_factory.mktemp('small')
+  config = tiny_config.get_config()
+  config.training.update(n_iters=1, snapshot_sampling=False)
+  run_lib.train(config, workdir)
+  return run_lib.export_checkpoint(config, workdir)
+
+
 @pytest.fixture
-def like_the_root(tmp_path, monkeypatch):
+def like_the_root(small_network, tmp_path, monkeypatch):
   """A folder in which a page may write, with what is in the repository."""
-  for path in ROOT.iterdir():
-    if path.name not in ('runs', 'site') and not path.name.startswith('.'):
-      (tmp_path / path.name).symlink_to(path)
+  (tmp_path / 'assets').mkdir()
+  (tmp_path / 'assets' / 'digits.safetensors').symlink_to(small_network)
+  for path in [*ROOT.iterdir(), *(ROOT / 'assets').iterdir()]:
+    link = tmp_path / path.relative_to(ROOT)
+    if path.name not in ('runs', 'site') and not path.name.startswith('.') and not link.exists():
+      link.symlink_to(path)
   monkeypatch.chdir(tmp_path)
   for registry in REGISTRIES:  # what a page registers is forgotten
     monkeypatch.setattr(registry, '_entries', dict(registry._entries))
 
 
 @pytest.mark.parametrize('page', RUN)
-def test_the_python_of_a_page_runs(page, like_the_root):
+def test_the_python_of_a_page_runs(page, like_the_root, quickly_compiled):
   namespace = {'__name__': 'page'}
   for block in RUN[page]:
     # Lines are counted from the top of the page, as in a traceback.
@@ -158,33 +176,26 @@ COMMANDS = [
 ]
 PYTHON = ('python', 'python3', '.venv/bin/python')
 
-# Every command runs in a process forked from one that has imported everything.
-_DRY_RUN = """
-import json, os, sys, traceback
+# Parses commands, each in a process of its own, and prints their configurations as JSON. The
+# processes are forked from one that imports neither JAX nor a network.
+_PARSE = """
+import json, os, sys
 import main
-import run_lib
-from absl import app, flags
 
-for number, words in json.loads(sys.stdin.read()):
+for words in json.loads(sys.stdin.read()):
   sys.stdout.flush()
   child = os.fork()
   if not child:
     try:
-      argv = sys.argv = ['main.py', *words]  # ml_collections looks for overrides in sys.argv
-      if 'dry_run' in flags.FLAGS:
-        argv.append('--dry_run')
-      os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-      argv = main.parse_flags(argv)
-      if 'dry_run' in flags.FLAGS:
-        main.main(argv)
-    except BaseException as error:
-      if not isinstance(error, SystemExit) or error.code not in (None, 0):
-        sys.stderr.write(f'{number}: {error or type(error)}\\n')
-        sys.stderr.flush()
-        os._exit(1)
+      sys.argv = ['main.py', *words]  # where ml_collections looks for overrides
+      main.parse_flags(sys.argv)
+      config = main._CONFIG.value
+      result = {'config': config and config.to_dict()}
+    except SystemExit as error:
+      result = {'error': str(error)}
+    print(json.dumps(result), flush=True)
     os._exit(0)
-  _, status = os.waitpid(child, 0)
-  print(number, status, flush=True)
+  os.waitpid(child, 0)
 """
 
 
@@ -193,24 +204,38 @@ def test_every_command_of_main_describes_a_run_that_can_start():
   for block, words in COMMANDS:
     if words[0] in PYTHON and words[1:2] == ['main.py']:
       key = tuple(word for word in words[2:] if not word.startswith('--workdir'))
-      cases.setdefault(key, (block, words[2:]))
+      cases.setdefault(key, (f'{block}: {shlex.join(words)}', words[2:]))
   assert len(cases) > 10
-  listed = list(cases.values())
   process = subprocess.run(
-    [sys.executable, '-W', 'ignore', '-c', _DRY_RUN],
-    input=json.dumps([[i, words] for i, (_, words) in enumerate(listed)]),
+    [sys.executable, '-c', _PARSE],
+    input=json.dumps([words for _, words in cases.values()]),
     cwd=ROOT,
     env=environment() | {'PYTHONPATH': str(ROOT)},
     capture_output=True,
     text=True,
     timeout=300,
   )
-  statuses = dict(map(int, line.split()) for line in process.stdout.splitlines())
-  assert len(statuses) == len(listed), process.stderr
-  failed = [
-    f'{block}: {shlex.join(words)}' for i, (block, words) in enumerate(listed) if statuses[i]
-  ]
-  assert not failed, '\n'.join([*failed, process.stderr])
+  results = [json.loads(line) for line in process.stdout.splitlines()]
+  assert len(results) == len(cases), process.stderr
+  failed = []
+  for (where, words), result in zip(cases.values(), results, strict=True):
+    error = result.get('error')
+    # The files of docs/extending register what they use, and have tests of their own.
+    if result.get('config') and not any('docs/extending/' in word for word in words):
+      try:
+        _check(ConfigDict(result['config']))
+      except UserError as wrong:
+        error = str(wrong)
+    if error:
+      failed.append(f'{where}\n  {error}')
+  assert not failed, '\n'.join(failed)
+
+
+def _check(config):
+  """The checks of a configuration that need no network, and so take no time."""
+  config = configuration.complete(config, _registered_keys(config))
+  sampling.check(config, sde_lib.get_sde(config))
+  controllable_generation.check(config)
 
 
 def test_every_other_command_exists_with_its_flags():
@@ -325,6 +350,18 @@ def test_every_page_is_in_the_navigation_and_the_navigation_has_no_others():
   docs = ROOT / 'docs'
   there = {path.relative_to(docs).as_posix() for path in docs.glob('**/*.md')}
   assert there | {'../CHANGELOG.md'} == set(listed)
+
+
+def test_the_reference_lists_every_function_and_class_of_a_module():
+  # What a module only passes on is left out, which is why the pages list what to show.
+  for page in ROOT.glob('docs/api/*.md'):
+    text = page.read_text(encoding='utf-8')
+    for module, listed in re.findall(
+      r'^::: (\S+)\n    options:\n      members:\n((?: +- \w+\n)+)', text, re.MULTILINE
+    ):
+      source = (ROOT / f'{module.replace(".", "/")}.py').read_text(encoding='utf-8')
+      defined = re.findall(r'^(?:def|class) ([A-Za-z]\w*)', source, re.MULTILINE)
+      assert re.findall(r'- (\w+)', listed) == defined, name_of(page)
 
 
 # Files that other programs read.

@@ -1,6 +1,9 @@
 """Whole runs through the command line: resume after any kill, devices, processes, failures."""
 
+import json
 import random
+import re
+import shlex
 import shutil
 import signal
 import time
@@ -18,7 +21,7 @@ from runtime import checkpoints, parallelism
 from runtime.checkpoints import CheckpointDirectory
 from runtime.rng import stream
 from tests import tiny_config
-from tests.processes import finish, history, run, samples, start, wait_for
+from tests.processes import command, finish, history, run, samples, start, wait_for
 
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
@@ -62,6 +65,25 @@ def test_run_leaves_the_documented_files(uninterrupted):
   for name in ('config.json', 'versions.json', 'stdout.txt'):
     assert (uninterrupted / name).stat().st_size > 0
   assert list((uninterrupted / 'tensorboard').iterdir())
+
+
+def test_each_logged_step_is_a_plain_line_and_its_numbers_are_metrics(uninterrupted):
+  log = (uninterrupted / 'stdout.txt').read_text()
+  assert '\r' not in log
+  lines = re.findall(r'step (\d+) of 40: (.*)', log)
+  assert [int(step) for step, _ in lines] == list(range(1, 41))
+  pattern = (
+    r'[\d.e+]+ steps/s, \d+ images/s, loss [\d.e-]+, gradient norm [\d.e-]+, '
+    r'learning rate [\d.e-]+, \d\d:\d\d left, last checkpoint at step 35'
+  )
+  assert re.fullmatch(pattern, lines[-2][1])
+  metrics = history(uninterrupted)
+  rates = [metrics[step, 'learning_rate'] for step in range(1, 7)]
+  np.testing.assert_allclose(rates, [0, 5e-5, 1e-4, 1.5e-4, 2e-4, 2e-4], rtol=1e-6)
+  text = (uninterrupted / 'metrics.jsonl').read_text()
+  measured = [json.loads(line) for line in text.splitlines() if '"step": 39' in line]
+  assert measured[0]['images_per_second'] > 0
+  assert measured[0]['memory'] > 1e8
 
 
 @pytest.mark.slow
@@ -116,6 +138,7 @@ def test_a_signal_saves_and_exits_cleanly_and_the_run_continues(number, uninterr
   process.send_signal(number)
   output = finish(process)
   assert 'Stopped by a signal at step' in output
+  assert f'and saved. To resume, run: {shlex.join(command(tmp_path))}\n' in output
   run(tmp_path)
   assert_same_run(tmp_path, uninterrupted)
 
