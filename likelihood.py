@@ -251,6 +251,18 @@ def get_likelihood_fn(
   return call
 
 
+def doubt(bpd: float) -> str:
+  """What is wrong with a mean of bits/dim of dequantized images; '' if nothing is.
+
+  The mean over the dequantization of -log p(x + u) is at least that of -log P(x), which is not
+  negative for a probability P of grey levels (Theis et al., "A note on the evaluation of generative
+  models", ICLR 2016, section 3.1). A mean below zero is therefore an error of the solver.
+  """
+  if bpd >= 0:
+    return ''
+  return f'{bpd:.3g} bits/dim cannot be: set likelihood.rtol and likelihood.atol lower.'
+
+
 def from_config(
   config: ConfigDict, sde: SDE, model: nn.Module, *, inverse_scaler: Scaler
 ) -> LikelihoodFn:

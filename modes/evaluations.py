@@ -250,10 +250,9 @@ class BitsPerDim(Evaluation):
     images = np.concatenate([_read(path)['bpd'] for path in self._files(number)])
     bpd = float(np.mean(images, dtype=np.float64))
     numbers = {f'bpd_{self._split}': bpd}
-    if bpd >= 0:
+    warning = likelihood.doubt(bpd)
+    if not warning:
       return numbers
-    # Grey levels are discrete, so bits/dim are -log2 of a probability.
-    warning = f'{bpd:.3g} bits/dim cannot be: set likelihood.rtol and likelihood.atol lower.'
     logging.warning('%s', warning)
     return numbers | {'bpd_warnings': [warning]}
 

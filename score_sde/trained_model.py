@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
@@ -134,6 +135,8 @@ class TrainedModel:
   ) -> _PerImage:
     """The negative log-likelihood of each image, (B,), in bits/dim, of 256 grey levels.
 
+    A mean below zero, which cannot be, is logged as a warning: the tolerances are too large.
+
     Args:
       images: uint8 grey levels, spread evenly within each level; or floats, spread already.
       seed: of the spreading and of the probes of the divergence.
@@ -151,7 +154,10 @@ class TrainedModel:
     def bits(rng: jax.Array, x: np.ndarray) -> PerExample:
       return likelihood_fn(rng, self.state, x if x.dtype == np.uint8 else self.scaler(x))[0]
 
-    return self._map(bits, images, seed)
+    bpd = self._map(bits, images, seed)
+    if warning := likelihood.doubt(float(bpd.mean())):
+      logging.warning('%s', warning)
+    return bpd
 
   def _compile_likelihood(self, config: ConfigDict) -> likelihood.LikelihoodFn:
     return likelihood.from_config(config, self.sde, self.model, inverse_scaler=self.inverse_scaler)

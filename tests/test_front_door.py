@@ -285,3 +285,11 @@ def test_importing_configures_nothing_and_works_from_any_folder(tmp_path):
   )
   assert result.returncode == 0, result.stderr
   assert result.stdout.strip() == 'ncsnpp'
+
+
+def test_bits_per_dim_below_zero_come_with_a_warning(trained, monkeypatch, caplog):
+  below_zero = lambda rng, state, x: (jnp.full(len(x), -0.5), x, 1)
+  monkeypatch.setattr(likelihood, 'from_config', lambda *args, **kwargs: below_zero)
+  bpd = trained.bits_per_dim(grey_levels(2), rtol=0.5)
+  assert bpd.mean() == -0.5
+  assert '-0.5 bits/dim cannot be: set likelihood.rtol and likelihood.atol lower.' in caplog.text
