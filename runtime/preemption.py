@@ -14,7 +14,7 @@ from runtime.startup import ending_signals
 
 
 def to_resume() -> str:
-  """The sentence that says how to go on."""
+  """The sentence that says how to resume."""
   program = sys.argv[0]
   if pathlib.Path(program).name != 'main.py':
     return 'To resume, make the same call again.'
