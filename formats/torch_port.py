@@ -210,7 +210,7 @@ def _call_order(config: ConfigDict) -> list[str]:
     return call(*args, **kwargs)
 
   with nn.intercept_methods(note):
-    _, _, params = mutils.abstract_model(config)
+    _, _, params = mutils.abstract_model(config, anew=True)
   return [name for name in called if name in params]
 
 

@@ -76,14 +76,21 @@ def init_model(rng: RandomKey, config: ConfigDict) -> tuple[nn.Module, PyTree, P
   return model, *parallelism.draw(initializer(model, config), rng)
 
 
-def abstract_model(config: ConfigDict) -> tuple[nn.Module, PyTree, PyTree]:
+def abstract_model(config: ConfigDict, anew: bool = False) -> tuple[nn.Module, PyTree, PyTree]:
   """Returns what `init_model` does, with shapes in place of arrays and without computing anything.
+
+  Args:
+    config: the configuration.
+    anew: whether to trace the network even if it was traced before, for who observes its calls.
 
   Raises:
     UserError: as `create_model`.
   """
   model = create_model(config)
-  return model, *jax.eval_shape(initializer(model, config), jax.random.PRNGKey(0))
+  make = _initializer.__wrapped__ if anew else _kept_initializer
+  size = config.data.image_size
+  init = make(model, (1, size, size, config.data.num_channels))
+  return model, *jax.eval_shape(init, jax.random.PRNGKey(0))
 
 
 def initializer(
@@ -91,7 +98,12 @@ def initializer(
 ) -> Callable[[RandomKey], tuple[PyTree, PyTree]]:
   """The function `rng -> (other collections, parameters)`, which is to be compiled."""
   size = config.data.image_size
-  shape = (1, size, size, config.data.num_channels)
+  return _kept_initializer(model, (1, size, size, config.data.num_channels))
+
+
+def _kept_initializer(
+  model: nn.Module, shape: tuple[int, ...]
+) -> Callable[[RandomKey], tuple[PyTree, PyTree]]:
   try:
     return _initializer(model, shape)
   except TypeError:  # a field of the network has no hash
