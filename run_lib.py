@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -11,16 +11,17 @@ from modes import dry_run as dry_run_mode
 from modes import evaluate as evaluate_mode
 from modes import inspect_data as inspect_mode
 from modes import prepare_data as prepare_data_mode
-from modes import report as report_mode
 from modes import sample as sample_mode
 from modes import stats as stats_mode
 from modes import train as train_mode
 from modes import train_classifier as classifier_mode
 from modes.preparation import prepare
 from modes.training_loop import NonFiniteLoss
-from report.page import Recipe
 from runtime import reporting
 from train_state import State
+
+if TYPE_CHECKING:
+  from report.page import Recipe
 
 __all__ = [
   'NonFiniteLoss',
@@ -260,7 +261,7 @@ def export_checkpoint(
 def make_report(
   workdirs: Sequence[str | pathlib.Path],
   path: str | pathlib.Path | None = None,
-  recipe: Recipe | None = None,
+  recipe: 'Recipe | None' = None,
 ) -> pathlib.Path:
   """Writes an HTML page about runs, with curves, samples, evaluations, settings and the machine.
 
@@ -278,4 +279,6 @@ def make_report(
   Raises:
     UserError: a directory does not exist or holds no run, or the file cannot be written.
   """
+  from modes import report as report_mode  # here, since the other modes need no charts
+
   return report_mode.make_report(workdirs, path, recipe)

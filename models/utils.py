@@ -87,23 +87,17 @@ def abstract_model(config: ConfigDict, anew: bool = False) -> tuple[nn.Module, P
     UserError: as `create_model`.
   """
   model = create_model(config)
-  make = _initializer.__wrapped__ if anew else _kept_initializer
-  size = config.data.image_size
-  init = make(model, (1, size, size, config.data.num_channels))
-  return model, *jax.eval_shape(init, jax.random.PRNGKey(0))
+  return model, *jax.eval_shape(initializer(model, config, anew), jax.random.PRNGKey(0))
 
 
 def initializer(
-  model: nn.Module, config: ConfigDict
+  model: nn.Module, config: ConfigDict, anew: bool = False
 ) -> Callable[[RandomKey], tuple[PyTree, PyTree]]:
-  """The function `rng -> (other collections, parameters)`, which is to be compiled."""
+  """The compiled function `rng -> (other collections, parameters)`; see `abstract_model`."""
   size = config.data.image_size
-  return _kept_initializer(model, (1, size, size, config.data.num_channels))
-
-
-def _kept_initializer(
-  model: nn.Module, shape: tuple[int, ...]
-) -> Callable[[RandomKey], tuple[PyTree, PyTree]]:
+  shape = (1, size, size, config.data.num_channels)
+  if anew:
+    return _initializer.__wrapped__(model, shape)
   try:
     return _initializer(model, shape)
   except TypeError:  # a field of the network has no hash
