@@ -144,10 +144,10 @@ def _to_weights(config: ConfigDict, path: pathlib.Path, imported: ImportedCheckp
 
 def _to_state(config: ConfigDict, path: pathlib.Path, imported: ImportedCheckpoint) -> State:
   """The state from which training resumes."""
-  state = _to_weights(config, path, imported)
   _, like = train_state.abstract_state(config)
   fit = _fitter(config, path)
-  params = fit('parameters', imported.params, like.params)
+  params = fit('parameters', imported.params, like.params)  # first: a misfit here is in all others
+  state = _to_weights(config, path, imported)
   opt_state = train_state.get_optimizer(config).init(params)
   opt_state = _set(opt_state, 'ScaleByScheduleState', count=state.step)
   if imported.moments:

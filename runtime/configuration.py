@@ -27,9 +27,12 @@ def read_file(path: str, argument: str = '') -> ConfigDict:
   """The result of `get_config()`, or `get_config(argument)`, of a configuration file.
 
   Raises:
-    UserError: if the file has no such function.
+    UserError: if the file has no such function, or exits, as a program does.
   """
-  get_config = runpy.run_path(path).get('get_config')
+  try:
+    get_config = runpy.run_path(path).get('get_config')
+  except SystemExit as error:
+    raise UserError(f'{path} exits ({error}): name a configuration file, not a program.') from error
   if get_config is None:
     raise UserError(f'{path} has no function get_config(): define one that returns a ConfigDict.')
   try:

@@ -248,6 +248,8 @@ def test_a_mistake_is_one_sentence(name, trained):
 
 
 def test_paths_that_hold_no_model_are_refused(workdir, export, tmp_path):
+  program = tmp_path / 'program.py'
+  program.write_text('raise SystemExit(1)')
   for path, settings, message in [
     (tmp_path / 'absent', {}, 'absent does not exist: name the directory of a run or a file'),
     (tmp_path, {}, 'has no config.json'),
@@ -258,7 +260,8 @@ def test_paths_that_hold_no_model_are_refused(workdir, export, tmp_path):
     (export, {'checkpoint_number': 1}, 'is a file: leave it out'),
     (export, {'config': mnist_ddpmpp_continuous.get_config()}, 'model.name=tiny'),
     (export, {'config': 'absent.py'}, 'absent.py does not exist'),
-    (export, {'config': str(REPOSITORY / 'main.py')}, 'no function get_config'),
+    (export, {'config': str(REPOSITORY / 'losses.py')}, 'no function get_config'),
+    (export, {'config': str(program)}, r'program.py exits \(1\): name a configuration file'),
   ]:
     with pytest.raises(UserError, match=message):
       score_sde.load(path, **settings)
