@@ -28,8 +28,10 @@ from train_state import (
   Observer,
   State,
   get_optimizer,
+  is_finite,
   optimization_manager,
   register_optimizer,
+  skip_unless,
 )
 
 __all__ = [
@@ -244,6 +246,7 @@ def get_step_fn(
   *,
   grad_accum_steps: int = 1,
   observe: Observer | None = None,
+  skip_nonfinite: bool = False,
 ) -> StepFn:
   """One training or evaluation step, `step_fn((rng, state), batch) -> ((rng, state), loss)`.
 
@@ -262,6 +265,8 @@ def get_step_fn(
     grad_accum_steps: in how many parts, one after the other, the gradient of a batch is computed.
     observe: `(state, gradient) -> other numbers of the step`. With it a training step returns a
       dictionary of them and of the loss, `training_loss`, in place of the loss.
+    skip_nonfinite: whether a step whose loss or gradient norm is NaN or infinite only counts, and
+      changes nothing else.
 
   Raises:
     UserError: if a discrete objective is to have likelihood weighting; when the step is run, if the
@@ -289,8 +294,10 @@ def get_step_fn(
       step_rng, state.params, state.model_state, batch, grad_accum_steps
     )
     numbers = {'training_loss': loss, **observe(state, grad)} if observe else loss
-    state = optimize_fn(state.replace(model_state=model_state), grad)
-    return (rng, state), numbers
+    new_state = optimize_fn(state.replace(model_state=model_state), grad)
+    if skip_nonfinite:
+      new_state = skip_unless(is_finite(loss, grad), new_state, state)
+    return (rng, new_state), numbers
 
   return step_fn
 
@@ -321,4 +328,5 @@ def build_step_fn(
     likelihood_weighting=training.likelihood_weighting,
     grad_accum_steps=training.grad_accum_steps,
     observe=observe,
+    skip_nonfinite=training.on_nonfinite == 'skip',
   )

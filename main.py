@@ -4,16 +4,22 @@ import logging as python_logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from configs.defaults import get_default_configs
 from runtime import completion, configuration, startup
-from runtime.errors import UserError
+from runtime.errors import Exit, UserError
+
+if TYPE_CHECKING:
+  from runtime.peers import Peers
+
+_GRACE_SECONDS = 4.0
 
 try:
   _CONFIG = config_flags.DEFINE_config_file(
@@ -197,20 +203,15 @@ def main(argv: list[str]) -> None:
     from runtime.preemption import to_resume
 
     _say_last(f'Stopped by a signal; the files written before are intact. {to_resume()}')
-    if peers:
-      peers.fail()
-    sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+    _end(128 + (stop.args[0] if stop.args else signal.SIGINT), peers)
   except Exception as error:
-    ours = isinstance(error, UserError | FloatingPointError)
-    sentence = f'{type(error).__name__}: {error}' if ours else _sentence(error)
-    if sentence is None and peers is None:
+    if flags.FLAGS.pdb_post_mortem:
       raise
-    if peers and not ours:
+    status, message = _explained(error)
+    if peers and status in (Exit.FAULT, Exit.STORAGE):
       peers.await_loss()  # of which this error may be a consequence
-    _say_last(sentence or traceback.format_exc())
-    if peers:
-      peers.fail()
-    sys.exit(1)
+    _say_last(message)
+    _end(status, peers)
   if peers:
     peers.leave()
 
@@ -275,29 +276,49 @@ def _write_report() -> None:
   print(f'{path}: {path.stat().st_size / 1e6:.1f} MB, open it in a browser.')
 
 
-def _sentence(error: Exception) -> str | None:
-  """What to say about an error that is not ours; None if it is a fault of the program."""
-  if 'RESOURCE_EXHAUSTED' in str(error):
-    return (
-      f'OutOfMemory: {str(error).splitlines()[0]} Lower the batch size of the mode '
+def _explained(error: Exception) -> tuple[int, str]:
+  """What the program exits with after an error, and what it says: a traceback if it is a fault."""
+  ours = f'{type(error).__name__}: {error}'
+  if isinstance(error, UserError):
+    return error.status, ours
+  if isinstance(error, FloatingPointError):
+    return Exit.NOT_FINITE, ours
+  if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
+    return Exit.MEMORY, (
+      f'OutOfMemory: {_first_line(error)} Lower the batch size of the mode '
       f'(training.batch_size, sampling.batch_size, eval.batch_size) or, to train, set '
       f'model.remat=True or training.grad_accum_steps.'
     )
   if isinstance(error, OSError):
     where = f': {error.filename}' if error.filename else ''
-    return (
+    return Exit.STORAGE, (
       f'OSError: {error.strerror or error}{where}. The files written before are intact; fix the '
       f'cause and rerun the same command, which resumes.'
     )
-  return None
+  return Exit.FAULT, traceback.format_exc()
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).splitlines() or ['no memory is left.'])[0]
+
+
+def _end(status: int, peers: 'Peers | None') -> NoReturn:
+  """Ends the program after a failure, soon, whatever threads still wait for a save or for data."""
+  if peers:
+    peers.fail(status)
+  deadline = threading.Timer(_GRACE_SECONDS, os._exit, [status])
+  deadline.daemon = True
+  deadline.start()
+  sys.exit(status)
 
 
 def _say_last(message: str) -> None:
   logging.get_absl_handler().flush()
-  # A save that failed in the background may still log; the sentence comes last, in one write.
+  # A save that failed in the background may still log: the sentence comes last, in one write.
   python_logging.disable(python_logging.CRITICAL)
   sys.stderr.write(f'{message}\n')
   sys.stderr.flush()
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stderr__.fileno())  # nor do other threads
 
 
 if __name__ == '__main__':

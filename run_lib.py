@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 from ml_collections import ConfigDict
 
 from modes import convert
@@ -15,9 +16,11 @@ from modes import sample as sample_mode
 from modes import stats as stats_mode
 from modes import train as train_mode
 from modes import train_classifier as classifier_mode
+from modes.divergence import NonFiniteLoss
 from modes.preparation import prepare
-from modes.training_loop import NonFiniteLoss
-from runtime import reporting
+from runtime import configuration, reporting
+from runtime import workdir as workdirs
+from runtime.files import program_checksum
 from train_state import State
 
 if TYPE_CHECKING:
@@ -39,10 +42,21 @@ __all__ = [
 ]
 
 
-def _start(config: ConfigDict, workdir: str | pathlib.Path = '') -> tuple[ConfigDict, pathlib.Path]:
+def _start(
+  mode: str, config: ConfigDict, workdir: str | pathlib.Path = ''
+) -> tuple[ConfigDict, pathlib.Path]:
   """Starts the console log; returns the checked configuration and the path."""
   reporting.log_to_console()
-  return prepare(config), pathlib.Path(workdir).expanduser()
+  config = prepare(config)
+  if jax.process_count() > 1:
+    flat = configuration.flatten(config)
+    workdirs.check_processes(
+      mode=mode,
+      configuration={key: x for key, x in flat.items() if key not in workdirs.STORAGE},
+      packages=workdirs.versions(),
+      program=program_checksum(),
+    )
+  return config, pathlib.Path(workdir).expanduser()
 
 
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
@@ -62,9 +76,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
   Raises:
     UserError: the configuration or the data are wrong or contradict the run in `workdir`, or
       another process is writing there.
-    NonFiniteLoss: the loss is NaN or infinite.
+    NonFiniteLoss: the loss or the gradient is NaN or infinite, see `training.on_nonfinite`.
   """
-  train_mode.train(*_start(config, workdir))
+  train_mode.train(*_start('train', config, workdir))
 
 
 def sample(
@@ -83,7 +97,7 @@ def sample(
     UserError: the configuration is wrong, or the checkpoint does not exist.
     FloatingPointError: a sample has a value that is NaN or infinite.
   """
-  sample_mode.sample(*_start(config, workdir), checkpoint_number)
+  sample_mode.sample(*_start('sample', config, workdir), checkpoint_number)
 
 
 def evaluate(config: ConfigDict, workdir: str | pathlib.Path, eval_folder: str = 'eval') -> None:
@@ -103,7 +117,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path, eval_folder: str =
       written.
     FloatingPointError: a result is NaN or infinite.
   """
-  evaluate_mode.evaluate(*_start(config, workdir), eval_folder)
+  evaluate_mode.evaluate(*_start('eval', config, workdir), eval_folder)
 
 
 def make_stats(config: ConfigDict) -> None:
@@ -116,7 +130,7 @@ def make_stats(config: ConfigDict) -> None:
     UserError: the configuration is wrong, the weights of the extractor or the data are missing, or
       the file cannot be written.
   """
-  stats_mode.write_stats(_start(config)[0])
+  stats_mode.write_stats(_start('stats', config)[0])
 
 
 def inspect_data(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -135,7 +149,7 @@ def inspect_data(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, A
   Raises:
     UserError: the configuration or the data are wrong, or the directory cannot be written to.
   """
-  return inspect_mode.inspect_data(*_start(config, workdir))
+  return inspect_mode.inspect_data(*_start('inspect_data', config, workdir))
 
 
 def prepare_data(config: ConfigDict) -> None:
@@ -148,7 +162,7 @@ def prepare_data(config: ConfigDict) -> None:
     UserError: the configuration is wrong, or files are damaged, or missing and impossible to
       download by a program.
   """
-  prepare_data_mode.prepare_data(_start(config)[0])
+  prepare_data_mode.prepare_data(_start('prepare_data', config)[0])
 
 
 def train_classifier(config: ConfigDict, workdir: str | pathlib.Path) -> None:
@@ -165,9 +179,9 @@ def train_classifier(config: ConfigDict, workdir: str | pathlib.Path) -> None:
   Raises:
     UserError: the configuration or the data are wrong or contradict the run in `workdir`, or the
       labels do not fit the classifier.
-    NonFiniteLoss: the loss is NaN or infinite.
+    NonFiniteLoss: the loss or the gradient is NaN or infinite, see `training.on_nonfinite`.
   """
-  classifier_mode.train_classifier(*_start(config, workdir))
+  classifier_mode.train_classifier(*_start('train_classifier', config, workdir))
 
 
 def dry_run(
@@ -199,7 +213,7 @@ def dry_run(
     UserError: as the mode itself, except for what it would find in the data.
   """
   given = config.copy_and_resolve_references()
-  config, workdir = _start(config, workdir)
+  config, workdir = _start('dry_run', config, workdir)
   request = dry_run_mode.Request(
     mode, workdir, given if written is None else written, eval_folder, checkpoint, number
   )
@@ -223,7 +237,7 @@ def import_checkpoint(
     UserError: the file is damaged, of no known format, or does not fit the configuration, or the
       directory has checkpoints. The directory is then unchanged.
   """
-  return convert.import_checkpoint(*_start(config, workdir), checkpoint)
+  return convert.import_checkpoint(*_start('import', config, workdir), checkpoint)
 
 
 def export_checkpoint(
@@ -254,7 +268,7 @@ def export_checkpoint(
       weight is too large for `dtype`, or `dtype` is neither 'float32' nor 'float16'.
   """
   return convert.export_checkpoint(
-    *_start(config, workdir), checkpoint=checkpoint, number=number, dtype=dtype
+    *_start('export', config, workdir), checkpoint=checkpoint, number=number, dtype=dtype
   )
 
 

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from models import utils as mutils
 from models.layers import is_frequency
 from runtime import parallelism
-from runtime.array_types import RandomKey, Scalar
+from runtime.array_types import Flag, RandomKey, Scalar
 from runtime.registry import Registry
 
 PyTree = Any
@@ -183,6 +183,17 @@ def optimization_manager(config: ConfigDict) -> Callable[[State, PyTree], State]
     )
 
   return optimize_fn
+
+
+def is_finite(loss: Scalar, grad: PyTree) -> Flag:
+  """Whether the loss and the norm of the gradient are finite."""
+  return jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grad))
+
+
+def skip_unless(finite: Flag, new: State, old: State) -> State:
+  """`new` if `finite`, else `old` one step later: batches and draws are functions of the step."""
+  kept = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+  return kept.replace(step=new.step)
 
 
 def weights_only(like: State) -> State:

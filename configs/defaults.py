@@ -17,6 +17,8 @@ def get_default_configs() -> ml_collections.ConfigDict:
   training.n_iters = 1300001
   training.snapshot_freq = 50000  # steps between the checkpoints that are kept
   training.snapshot_freq_for_preemption = 10000  # steps between the states that a run resumes from
+  # Which of the kept checkpoints stay: 'all', 'last:N', or 'every:N', each N-th and the newest.
+  training.keep_checkpoints = 'all'
   training.snapshot_sampling = True  # draw samples with every kept checkpoint
   training.log_freq = 50
   training.eval_freq = 100
@@ -24,6 +26,10 @@ def get_default_configs() -> ml_collections.ConfigDict:
   training.continuous = True
   training.likelihood_weighting = False
   training.reduce_mean = False  # per-pixel mean of the loss; else half the sum
+  # What to do if the loss or the gradient is NaN or infinite: 'stop', or 'skip' the update.
+  training.on_nonfinite = 'stop'
+  training.max_skipped_steps = 10  # in a row; one more stops the training
+  training.debug_nans = False  # find the first operation and layer that is not finite; slow
 
   config.parallel = parallel = ml_collections.ConfigDict()
   parallel.fsdp = 1  # devices over which parameters, their average and the optimizer are split

@@ -22,6 +22,7 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ from runtime.workdir import at_work, check_run, log_start, of_model
 
 def check(
   config: ConfigDict, workdir: pathlib.Path, eval_folder: str
-) -> tuple[pathlib.Path, range]:
+) -> tuple[pathlib.Path, list[int]]:
   """Refuses what the mode would refuse, but reads neither data nor weights.
 
   Returns:
@@ -50,8 +51,12 @@ def check(
   wanted = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
   check_run(config, workdir, _of_evaluation)
   _check_range(config, workdir, wanted)
-  _check_first(config, CheckpointReader(workdir / 'checkpoints'), wanted)
-  return folder, wanted
+  snapshots = CheckpointReader(workdir / 'checkpoints')
+  left = [number for number in wanted if not _is_removed(config, snapshots, number)]
+  _check_first(config, snapshots, left or wanted)
+  if len(left) < len(wanted):
+    logging.warning('Evaluating %s: training.keep_checkpoints has removed the others.', left)
+  return folder, left
 
 
 def evaluate(config: ConfigDict, workdir: pathlib.Path, eval_folder: str) -> None:
@@ -70,7 +75,9 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, eval_folder: str) -> Non
     log_start(config)
     report = Report(folder, tasks)
     for number in wanted:
-      _wait_for(config, snapshots, number)
+      if not parallelism.from_first_process(_wait_for(config, snapshots, number)):
+        logging.warning('Checkpoint %d is left out: training has removed it.', number)
+        continue
       step = snapshots.step(number)
       report.open(number, step, snapshots.identity(number))
       due = [task for task in tasks if not parallelism.from_first_process(task.is_done(number))]
@@ -136,7 +143,13 @@ def _check_range(config: ConfigDict, workdir: pathlib.Path, wanted: range) -> No
     )
 
 
-def _check_first(config: ConfigDict, snapshots: CheckpointReader, wanted: range) -> None:
+def _is_removed(config: ConfigDict, snapshots: CheckpointReader, number: int) -> bool:
+  """Whether training has saved a checkpoint, and removed it for a later one."""
+  removes = config.training.keep_checkpoints != 'all'
+  return removes and number not in snapshots.numbers() and number < snapshots.newest()
+
+
+def _check_first(config: ConfigDict, snapshots: CheckpointReader, wanted: Sequence[int]) -> None:
   """Refuses missing checkpoints before anything is computed, unless waiting is enabled."""
   missing = [number for number in wanted if number not in snapshots.numbers()]
   if missing and not config.eval.wait_seconds:
@@ -146,15 +159,23 @@ def _check_first(config: ConfigDict, snapshots: CheckpointReader, wanted: range)
     )
 
 
-def _wait_for(config: ConfigDict, snapshots: CheckpointReader, number: int) -> None:
+def _wait_for(config: ConfigDict, snapshots: CheckpointReader, number: int) -> bool:
+  """Waits for a checkpoint; False if training has removed it.
+
+  Raises:
+    UserError: if it does not appear in time, or never will.
+  """
   seconds = config.eval.wait_seconds
-  if number not in snapshots.numbers():
+  if number > snapshots.newest():
     logging.info('Waiting up to %d s for checkpoint %d.', seconds, number)
-  if not snapshots.wait_for(number, seconds):
+  snapshots.wait_for(number, seconds)
+  there = number in snapshots.numbers()
+  if not there and not _is_removed(config, snapshots, number):
     raise UserError(
       f'{snapshots.directory} has no checkpoint {number} after eval.wait_seconds={seconds}: it has '
       f'{snapshots.numbers()}; is training still running? To resume, rerun the same command.'
     )
+  return there
 
 
 def _load_json(path: pathlib.Path) -> Any:

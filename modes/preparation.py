@@ -18,8 +18,9 @@ import sde_lib
 import train_state
 from models import utils as mutils
 from models.classifier import CLASSIFIERS
+from modes import divergence
 from modes.evaluations import EVALUATIONS
-from runtime import configuration, parallelism
+from runtime import checkpoints, configuration, parallelism
 from runtime.errors import UserError
 
 # Keys that only some data sets read; a configuration with another data set may keep them.
@@ -107,6 +108,8 @@ def _check_values(config: ConfigDict) -> None:
         f'training.n_jitted_steps={training.n_jitted_steps} does not divide '
         f'training.{name}={training[name]}: choose a multiple of it, or n_jitted_steps=1.'
       )
+  divergence.check(training)
+  checkpoints.Retention.parse(training.keep_checkpoints)
   if optim.lr <= 0 or optim.warmup < 0:
     raise UserError(
       f'optim.lr={optim.lr} must be positive and optim.warmup={optim.warmup} not negative.'

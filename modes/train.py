@@ -50,6 +50,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     train_ds.preprocess,
     stream(config.seed, 'train'),
     table=train_ds.table('image'),
+    debug_nans=training.debug_nans,
   )
   eval_step = compile_eval_step(
     losses.build_step_fn(config, sde, model, train=False),
@@ -67,7 +68,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
   with at_work(workdir, '--workdir'):
     record(config, workdir, train=train_ds.source, test=eval_ds.source)
     log_start(config)
-    with open_run(workdir) as run:
+    with open_run(workdir, training.keep_checkpoints) as run:
       draw = SnapshotSampler(sampling_fn, stream(config.seed, 'sample'), run)
       state = restore_or_init(run.directories, like, init)
       batches = train_ds.inputs(int(state.step), 'image')
@@ -90,6 +91,7 @@ def compile_train_step(
   *,
   table: datasets.Table = None,
   fused: bool | None = None,
+  debug_nans: bool = False,
 ) -> TrainStep:
   """Compiles a training step `(state, batches) -> (state, numbers (n,))`, which consumes the state.
 
@@ -102,8 +104,9 @@ def compile_train_step(
     rng: the root key of all steps.
     table: see `datasets.Dataset.table`.
     fused: see `training_loop.compile_steps`.
+    debug_nans: see `training_loop.compile_steps`.
   """
-  return compile_steps(train_step_of(step_fn, preprocess, rng), table, fused)
+  return compile_steps(train_step_of(step_fn, preprocess, rng), table, fused, debug_nans=debug_nans)
 
 
 def train_step_of(

@@ -86,10 +86,11 @@ def train_classifier(config: ConfigDict, workdir: pathlib.Path) -> None:
   like = check(config, workdir)
   config = _own_config(config)
   fresh_state = functools.partial(_init_state, config)
+  keep = config.training.keep_checkpoints
   train_ds, eval_ds, _ = datasets.get_dataset(config, config.data.uniform_dequantization)
   _check_labels(train_ds.batch(0)['label'], config)
 
-  with at_work(workdir, '--workdir'), open_run(workdir) as run:
+  with at_work(workdir, '--workdir'), open_run(workdir, keep) as run:
     splits = {'train': train_ds.source, 'test': eval_ds.source}
     record(_recorded(config), workdir, _guarded, **splits)
     log_start(config)
@@ -98,7 +99,11 @@ def train_classifier(config: ConfigDict, workdir: pathlib.Path) -> None:
     table = train_ds.table('image', 'label')
     if table is not None:
       _check_labels(parallelism.to_host(table['label']), config)
-    train_step = compile_steps(_train_step(config, module, train_ds.preprocess), table)
+    train_step = compile_steps(
+      _train_step(config, module, train_ds.preprocess),
+      table,
+      debug_nans=config.training.debug_nans,
+    )
     eval_step = jax.jit(_loss_fn(config, module, eval_ds.preprocess))
 
     def evaluate(state: State, step: int, metrics: reporting.MetricWriter) -> None:
@@ -253,7 +258,11 @@ def _train_step(
   def step(state: State, inputs: PyTree, table: PyTree) -> tuple[State, Numbers]:
     batch = datasets.take(inputs, table)
     (loss, _), grad = grad_fn(state.params, _key(config, 'train', state.step), batch)
-    return optimize_fn(state, grad), {'training_loss': loss, **observe(state, grad)}
+    numbers = {'training_loss': loss, **observe(state, grad)}
+    new_state = optimize_fn(state, grad)
+    if config.training.on_nonfinite == 'skip':
+      new_state = train_state.skip_unless(train_state.is_finite(loss, grad), new_state, state)
+    return new_state, numbers
 
   return step
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,24 +12,18 @@ import jax
 import numpy as np
 import tqdm
 from absl import logging
-from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from modes.divergence import Guard, raise_if_nonfinite
 from runtime import checkpoints, parallelism, reporting
-from runtime.array_types import Array
 from runtime.checkpoints import CheckpointDirectory
 from runtime.preemption import Preemption, to_resume
 from runtime.progress import Pace, duration, memory
 from train_state import State
 
 PyTree = Any
-Losses = Float[Array, 'n']
-Numbers = dict[str, Losses]  # of n steps, by name; `training_loss` is one of them
 TrainStep = Callable[[State, list[PyTree]], tuple[State, PyTree]]
-
-
-class NonFiniteLoss(FloatingPointError):
-  """Training has diverged; the message names the metric and the step."""
+KEPT_STATES = checkpoints.Retention(last=2)  # of those from which a run resumes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +49,17 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(workdir: pathlib.Path) -> Iterator[Run]:
-  """Opens the checkpoint directories of a run and handles its signals; waits for the last save."""
+def open_run(workdir: pathlib.Path, keep_checkpoints: str = 'all') -> Iterator[Run]:
+  """Opens the checkpoint directories of a run and handles its signals; waits for the last save.
+
+  Args:
+    workdir: the directory of the run.
+    keep_checkpoints: which of the snapshots stay, see `checkpoints.Retention`.
+  """
+  snapshots_kept = checkpoints.Retention.parse(keep_checkpoints)
   with (
-    CheckpointDirectory(workdir / checkpoints.DIRECTORIES[0]) as snapshots,
-    CheckpointDirectory(workdir / checkpoints.DIRECTORIES[1], keep=2) as latest,
+    CheckpointDirectory(workdir / checkpoints.DIRECTORIES[0], snapshots_kept) as snapshots,
+    CheckpointDirectory(workdir / checkpoints.DIRECTORIES[1], KEPT_STATES) as latest,
     Preemption() as preemption,
   ):
     yield Run(workdir, snapshots, latest, preemption)
@@ -76,12 +78,13 @@ def train_loop(
   """Trains from `state` to the last step, with metrics, checkpoints and stopping.
 
   Args:
-    training: `n_iters`, `batch_size`, `n_jitted_steps` and the four frequencies.
+    training: `n_iters`, `batch_size`, `n_jitted_steps`, the four frequencies, and what to do about
+      numbers that are not finite.
     run: the run.
     state: the state to start from.
     batches: one for each step, beginning with the step of `state`.
     train_step: `(state, n batches) -> (state, numbers)`, the loss and others of each of the n
-      steps, see `Numbers`; it consumes the state.
+      steps, with `training_loss`; it consumes the state.
     evaluate: called as `evaluate(state, step, metrics)` every `eval_freq` steps.
     at_snapshot: called after every kept checkpoint, and again when a run resumes from one; it
       returns False if a signal asked it to stop.
@@ -90,7 +93,7 @@ def train_loop(
     The last state; None if a signal stopped the run before.
 
   Raises:
-    NonFiniteLoss: the loss is NaN or infinite.
+    NonFiniteLoss: the loss or the gradient is NaN or infinite, and may not be skipped.
     NonFiniteState: a parameter to be saved is NaN or infinite.
     UnsavedCheckpoint: a checkpoint could not be written.
   """
@@ -104,6 +107,7 @@ def train_loop(
     log = StepLog(metrics, last, training.batch_size, saved=step)
     if _is_snapshot(step, last, training.snapshot_freq):
       at_snapshot(state, metrics)  # if the process was killed after the checkpoint, before this
+    guard = Guard(skips=training.on_nonfinite == 'skip', most=training.max_skipped_steps)
     unchecked = []
 
     def fetch() -> None:
@@ -111,11 +115,13 @@ def train_loop(
       nonlocal unchecked
       if not unchecked:
         return
-      last_step, numbers = unchecked[-1]
-      _check_finite([values['training_loss'] for _, values in unchecked], last_step, run)
+      last_step = unchecked[-1][0]
+      numbers = jax.tree.map(lambda *x: np.concatenate(x), *(numbers for _, numbers in unchecked))
+      guard(last_step, numbers)
       unchecked = []
       if last_step % training.log_freq == 0:
-        log(last_step, {name: float(values[-1]) for name, values in numbers.items()})
+        skipped = {'skipped_steps': guard.skipped} if guard.skipped else {}
+        log(last_step, {name: float(values[-1]) for name, values in numbers.items()} | skipped)
 
     if step < last:
       logging.info('Compiling the training step, which takes a while.')
@@ -180,9 +186,10 @@ class StepLog:
     speed, seconds = self.pace.lap(step)
     images = None if speed is None else speed * self._batch_size
     measured = {'images_per_second': images, 'memory': memory()}
-    known = {name: value for name, value in measured.items() if value is not None}
     loss = numbers['training_loss']  # first, whatever the order of the others
-    self._metrics.scalars({'training_loss': loss, **numbers, **known}, step)
+    written = {'training_loss': loss, **numbers, **measured}
+    known = {name: x for name, x in written.items() if x is not None and math.isfinite(x)}
+    self._metrics.scalars(known, step)
     rates = '' if speed is None else f'{speed:.4g} steps/s, {images:.0f} images/s, '
     others = {name.replace('_', ' '): x for name, x in numbers.items() if name != 'training_loss'}
     shown = ''.join(f', {name} {x:.4g}' for name, x in others.items())
@@ -219,27 +226,12 @@ def restore_or_init(
   return state
 
 
-def _check_finite(chunks: list[Losses], step: int, run: Run) -> None:
-  """Checks the losses of the steps up to `step`.
-
-  Raises:
-    NonFiniteLoss: if any of them is NaN or infinite.
-  """
-  values = np.concatenate([np.atleast_1d(np.asarray(chunk)) for chunk in chunks])
-  bad = np.flatnonzero(~np.isfinite(values))
-  if len(bad):
-    saved = any(directory.numbers() for directory in run.directories)
-    raise NonFiniteLoss(
-      f'training_loss is {values[bad[0]]} at step {step - len(values) + 1 + bad[0]}'
-      f'{"; the checkpoints hold earlier steps" if saved else ""}: train in a new --workdir with a '
-      f'lower optim.lr, a longer optim.warmup or a smaller optim.grad_clip, or check the data.'
-    )
-
-
 def compile_steps(
   one_step: Callable[[State, PyTree, PyTree], tuple[State, PyTree]],
   constants: PyTree = None,
   fused: bool | None = None,
+  *,
+  debug_nans: bool = False,
 ) -> TrainStep:
   """Compiles `(state, n batches) -> (state, numbers (n,))`, which consumes the state.
 
@@ -252,6 +244,11 @@ def compile_steps(
     one_step: `(state, global batch, constants) -> (state, numbers)`, a tree of scalars.
     constants: arrays that every device holds, such as all images.
     fused: whether to compile a loop; None decides by the kind of device.
+    debug_nans: whether to check every step, and to search one that is not finite for the first
+      operation that is to blame; the state is then not consumed, and steps are single calls.
+
+  Raises:
+    NonFiniteLoss: by the compiled steps, with `debug_nans`.
   """
   whole = parallelism.replicated()
 
@@ -261,7 +258,7 @@ def compile_steps(
 
   if fused is None:
     fused = jax.default_backend() != 'cpu'
-  if fused:
+  if fused and not debug_nans:
     compiled = jax.jit(
       lambda state, batches, constants: jax.lax.scan(
         lambda state, batch: step(state, batch, constants), state, batches
@@ -276,7 +273,7 @@ def compile_steps(
 
   compiled = jax.jit(
     step,
-    donate_argnums=0,
+    donate_argnums=() if debug_nans else 0,
     in_shardings=(None, parallelism.batch_sharding(), whole),
     out_shardings=(None, whole),
   )
@@ -284,9 +281,12 @@ def compile_steps(
   def steps(state: State, group: list[PyTree]) -> tuple[State, PyTree]:
     all_numbers = []
     for batch in group:
-      state, numbers = compiled(state, parallelism.global_batch(batch), constants)
+      arguments = state, parallelism.global_batch(batch), constants
+      state, numbers = compiled(*arguments)
       # This waits: several calls in flight may deadlock, each with a share of XLA's threads.
       all_numbers.append(jax.tree.map(np.asarray, numbers))
+      if debug_nans:
+        raise_if_nonfinite(all_numbers[-1], functools.partial(step, *arguments), int(state.step))
     return state, _stack(all_numbers)
 
   return steps

@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Integer, Real, UInt8
+from jaxtyping import Bool, Float, Int, Integer, Real, UInt8
 
 Array = jax.Array | np.ndarray
 
 Scalar = Float[Array, '']
+Flag = Bool[Array, '']
 PerExample = Float[Array, 'B']  # times t, noise levels sigma, log-densities: one for each example
 Batch = Float[Array, 'B *dims']  # x_t, its score, noise
 TimeLabels = Real[Array, 'B']  # what a network is conditioned on: time steps or noise levels

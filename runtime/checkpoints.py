@@ -8,10 +8,13 @@ reads for itself, and all processes agree on the checkpoint that they restore.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import pathlib
+import re
 import shutil
+import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,17 +28,21 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from runtime import parallelism
-from runtime.errors import UserError
+from runtime.errors import Exit, UserError
 from runtime.weights import enumerate_names
 
 PyTree = Any
 
 PREFIX = 'checkpoint'
+# How long a save in progress may take to complete when the program fails.
+_CLOSE_SECONDS = 3.0
 DIRECTORIES = ('checkpoints', 'checkpoints-meta')  # in the directory of a run
 
 
 class DamagedCheckpoint(UserError):
   """A checkpoint that cannot be read back as it was written."""
+
+  status = Exit.STORAGE
 
 
 class MisfitCheckpoint(UserError):
@@ -45,9 +52,41 @@ class MisfitCheckpoint(UserError):
 class UnsavedCheckpoint(UserError):
   """A checkpoint could not be written."""
 
+  status = Exit.STORAGE
+
 
 class NonFiniteState(FloatingPointError):
   """A state with NaN or infinity, which is never saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Retention:
+  """Which checkpoints of a directory stay when newer ones are saved.
+
+  Attributes:
+    last: how many of the newest; None keeps all.
+    every: the numbers that are multiples of it stay, too; None for none of them.
+  """
+
+  last: int | None = None
+  every: int | None = None
+
+  @classmethod
+  def parse(cls, text: str) -> 'Retention':
+    """Reads `training.keep_checkpoints`: 'all', 'last:N', or 'every:N', each N-th and the newest.
+
+    Raises:
+      UserError: if it is none of these.
+    """
+    kind, _, number = text.partition(':')
+    if text == 'all':
+      return cls()
+    if kind in ('last', 'every') and number.isdecimal() and int(number) > 0:
+      return cls(last=int(number)) if kind == 'last' else cls(last=1, every=int(number))
+    raise UserError(
+      f"training.keep_checkpoints={text!r} must be 'all', or 'last:N' or 'every:N' with N at least "
+      f'1, such as last:5.'
+    )
 
 
 class CheckpointReader:
@@ -70,15 +109,19 @@ class CheckpointReader:
     numbers = (path.name.removeprefix(f'{PREFIX}_') for path in found)
     return sorted(int(number) for number in numbers if number.isdecimal())
 
+  def newest(self) -> int:
+    """The largest number of a complete checkpoint; -1 if there is none."""
+    return max(self.numbers(), default=-1)
+
   def wait_for(self, number: int, seconds: float) -> bool:
-    """Whether checkpoint `number` exists now or appears within `seconds`.
+    """Whether checkpoint `number`, or a later one, exists now or appears within `seconds`.
 
     A network file system does not announce new files, so this polls once a second.
     """
     deadline = time.monotonic() + seconds
-    while number not in self.numbers() and time.monotonic() < deadline:
+    while not (arrived := self.newest() >= number) and time.monotonic() < deadline:
       time.sleep(1)
-    return number in self.numbers()
+    return arrived
 
   def step(self, number: int) -> int:
     """The training step of checkpoint `number`.
@@ -187,14 +230,15 @@ class CheckpointDirectory(CheckpointReader):
 
   Args:
     directory: the directory, which is created if it does not exist.
-    keep: how many of the newest checkpoints to keep; None keeps all.
+    keep: which of the checkpoints stay.
   """
 
-  def __init__(self, directory: pathlib.Path, keep: int | None = None):
+  def __init__(self, directory: pathlib.Path, keep: Retention = Retention()):
     super().__init__(directory)
     options = ocp.CheckpointManagerOptions(
       step_prefix=PREFIX,
-      max_to_keep=keep,
+      max_to_keep=keep.last,
+      keep_period=keep.every,
       create=True,
       # Processes synchronize under a name: two directories that are written to at the same time
       # need two names.
@@ -207,8 +251,18 @@ class CheckpointDirectory(CheckpointReader):
   def __enter__(self) -> 'CheckpointDirectory':
     return self
 
-  def __exit__(self, *exc_info: object) -> None:
-    with self._writing():
+  def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+    if kind is None:
+      with self._writing():
+        self._manager.close()
+      return
+    # After a failed save, the threads of Orbax may wait for each other for minutes.
+    closing = threading.Thread(target=self._close_after_failure, daemon=True)
+    closing.start()
+    closing.join(_CLOSE_SECONDS)
+
+  def _close_after_failure(self) -> None:
+    with contextlib.suppress(Exception):  # the failure that is reported came first
       self._manager.close()
 
   @contextlib.contextmanager
@@ -391,7 +445,11 @@ def _mismatches(wanted: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
 
 
 def _first_line(error: Exception) -> str:
-  return ((str(error).splitlines() or [''])[0] or type(error).__name__)[:300]
+  line = (str(error).splitlines() or [''])[0] or type(error).__name__
+  # TensorStore says what the system said after several long paths, and before its own settings.
+  found = re.search(r':([^:]+) \[os_error_code=', line)
+  reason = f':{found[1]}' if found else ''
+  return line if len(line) <= 300 else f'{line[:200]}...{reason}'
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

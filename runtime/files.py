@@ -1,9 +1,11 @@
 """Files that are complete or absent. It imports little, so that worker processes start quickly."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import tempfile
+import zlib
 from collections.abc import Iterator
 from typing import IO, BinaryIO
 
@@ -78,3 +80,10 @@ def write_atomic(path: pathlib.Path, data: bytes) -> None:
   """Writes a file so that it is complete or absent, even if the process is killed meanwhile."""
   with open_atomic(path) as file:
     file.write(data)
+
+
+def program_checksum() -> int:
+  """The CRC-32 of the modules that make up this program."""
+  rooms = [folder for folder in REPOSITORY.iterdir() if (folder / '__init__.py').exists()]
+  modules = sorted(path for folder in [REPOSITORY, *rooms] for path in folder.glob('*.py'))
+  return functools.reduce(lambda so_far, path: zlib.crc32(path.read_bytes(), so_far), modules, 0)

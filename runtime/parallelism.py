@@ -9,7 +9,8 @@ batch, so that results do not depend on the number or the layout of devices and 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -196,6 +197,23 @@ def any_process(flag: bool) -> bool:
   if jax.process_count() == 1:
     return flag
   return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def differing(facts: Mapping[str, Any]) -> dict[str, list[int]]:
+  """The names of the facts that differ from those of the first process, and in which processes.
+
+  Args:
+    facts: what this process knows, by name. All processes must call this with the same names.
+  """
+  if jax.process_count() == 1:
+    return {}
+  checksums = [zlib.crc32(repr(fact).encode()) for fact in facts.values()]
+  everywhere = multihost_utils.process_allgather(np.asarray(checksums, np.uint32))
+  others = {
+    name: np.flatnonzero(column != column[0]).tolist()
+    for name, column in zip(facts, everywhere.T, strict=True)
+  }
+  return {name: processes for name, processes in others.items() if processes}
 
 
 def from_first_process(value: int) -> int:

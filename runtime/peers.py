@@ -18,8 +18,8 @@ from typing import NoReturn
 from absl import logging
 
 from runtime import parallelism
+from runtime.errors import Exit
 
-LOST = 75  # the exit status: temporary failure, rerun the command
 _BEAT_SECONDS = 5.0
 _SILENCE_SECONDS = 40.0
 _CONNECT_SECONDS = 60.0
@@ -120,7 +120,7 @@ class Peers:
       f'last checkpoint.'
     )
     os.write(stderr, f'\n{sentence}\n'.encode())
-    os._exit(LOST)  # whatever threads still wait for that process
+    os._exit(Exit.LOST_PROCESS)  # whatever threads still wait for that process
 
   def leave(self) -> None:
     """Tells the others that this process has done its work."""
@@ -132,9 +132,13 @@ class Peers:
     if self._lost.wait(_WAIT_SECONDS):
       threading.Event().wait()  # the thread reports it and ends this process
 
-  def fail(self) -> NoReturn:
-    """Ends this process, which has reported an error of its own; JAX would wait for the others."""
+  def fail(self, status: int) -> NoReturn:
+    """Ends this process, which has reported an error of its own; JAX would wait for the others.
+
+    Args:
+      status: what it exits with.
+    """
     self._left = True
     if self._index == 0:
       time.sleep(_WAIT_SECONDS)
-    os._exit(1)
+    os._exit(status)

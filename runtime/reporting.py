@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from logging.handlers import RotatingFileHandler
 from typing import Any
 
 import jax
@@ -30,6 +31,8 @@ _Floats = Float[Array, '*dims']
 _Levels = UInt8[np.ndarray, '*dims']
 
 MAX_GRID_PIXELS = 2**24
+# Of stdout.txt, after which it becomes stdout.txt.1; that many old ones are kept.
+_LOG_BYTES, _OLD_LOGS = 10_000_000, 3
 
 
 def check_writable(path: pathlib.Path, setting: str) -> None:
@@ -282,8 +285,8 @@ def log_to_console() -> None:
   sys.unraisablehook = _quiet_after_failed_write
 
 
-class _LogFile(logging.logging.FileHandler):
-  """A log file that ends with one sentence if the disk is full, while the run itself goes on."""
+class _LogFile(RotatingFileHandler):
+  """A log file of bounded size that ends with a sentence if the disk is full; the run does not."""
 
   def handleError(self, record: Any) -> None:
     del record
@@ -303,7 +306,7 @@ def log_to_file(path: pathlib.Path) -> Iterator[None]:
   if jax.process_index() != 0:
     yield
     return
-  handler = _LogFile(path, encoding='utf-8')
+  handler = _LogFile(path, maxBytes=_LOG_BYTES, backupCount=_OLD_LOGS, encoding='utf-8')
   _set_up(handler)
   logger = logging.get_absl_logger()
   logger.addHandler(handler)
@@ -327,4 +330,6 @@ def _set_up(handler: Any) -> None:
 
 
 def _of_this_project(record: Any) -> bool:
+  if 'orbax' in record.pathname:
+    return False  # a save that fails writes dozens of lines; `checkpoints` raises it as a sentence
   return record.levelno >= logging.logging.WARNING or 'site-packages' not in record.pathname

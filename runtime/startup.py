@@ -58,6 +58,24 @@ def keep_compiled_programs() -> None:
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 
+def _warn_if_programs_are_not_kept() -> None:
+  """Says so if every start will compile anew; JAX would not."""
+  directory = os.environ.get('JAX_COMPILATION_CACHE_DIR', '')
+  if not directory or '://' in directory:
+    return
+  try:
+    os.makedirs(directory, exist_ok=True)
+    writable = os.access(directory, os.W_OK)
+  except OSError:
+    writable = False
+  if not writable:
+    logging.warning(
+      'Compiled programs are not kept, because %s cannot be written to: every start compiles anew. '
+      'Set JAX_COMPILATION_CACHE_DIR to another folder.',
+      directory,
+    )
+
+
 def start_jax(
   config: ConfigDict,
   *,
@@ -90,6 +108,7 @@ def start_jax(
         'The configuration file runs JAX while it is loaded, which fixes the number of CPU '
         'devices at one: move that into a function to train on all cores.'
       )
+  _warn_if_programs_are_not_kept()
   if coordinator is None:
     _warn_of_separate_runs()
     return None

@@ -52,6 +52,10 @@ FREE = (
   'training.n_jitted_steps',
   'training.snapshot_freq_for_preemption',
   'training.snapshot_sampling',
+  'training.keep_checkpoints',
+  'training.on_nonfinite',
+  'training.max_skipped_steps',
+  'training.debug_nans',
   'model.remat',
   'parallel.',
   *STORAGE,
@@ -163,6 +167,22 @@ def check_run(
     )
 
 
+def check_processes(**facts: Any) -> None:
+  """Checks that all processes of a run were started alike; all of them must call this.
+
+  Args:
+    **facts: what must be the same in all processes, by what it is.
+
+  Raises:
+    UserError: if a process differs from the first one; the message names it, and in what.
+  """
+  for fact, processes in parallelism.differing(facts).items():
+    raise UserError(
+      f'Process {", ".join(map(str, processes))} of this run has another {fact} than process 0: '
+      f'start all processes with the same command, from the same files.'
+    )
+
+
 def record(
   config: ConfigDict,
   workdir: pathlib.Path,
@@ -182,6 +202,7 @@ def record(
   """
   check_run(config, workdir, guarded)
   fingerprints = _check_data(workdir, sources)
+  check_processes(data=fingerprints)
   _write_json(workdir / 'config.json', configuration.plain(config))
   _write_json(workdir / 'versions.json', versions())
   _write_json(workdir / 'start.json', start.description())

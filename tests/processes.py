@@ -73,14 +73,14 @@ def samples(workdir):
   return {path.parent.name: np.load(path)['samples'] for path in paths}
 
 
-def start_together(workdir, *overrides, count=2, devices=1, **kwargs):
-  """The processes of one run, which find each other on this machine."""
+def start_together(workdir, *overrides, count=2, devices=1, own=((), ()), **kwargs):
+  """The processes of one run, which find each other on this machine; each may have own flags."""
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
   flags = (f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}')
   return [
-    start(workdir, *overrides, *flags, f'--process_id={i}', devices=devices, **kwargs)
+    start(workdir, *overrides, *flags, *own[i], f'--process_id={i}', devices=devices, **kwargs)
     for i in range(count)
   ]
 

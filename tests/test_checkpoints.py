@@ -15,6 +15,7 @@ from runtime.checkpoints import (
   DamagedCheckpoint,
   MisfitCheckpoint,
   NonFiniteState,
+  Retention,
 )
 from runtime.errors import UserError
 from tests import tiny_config
@@ -112,12 +113,19 @@ def test_nothing_is_restored_from_an_empty_directory_and_all_damaged_is_an_error
       checkpoints.restore_newest([directory], state)
 
 
-def test_only_the_newest_are_kept_where_asked(state, tmp_path):
-  with CheckpointDirectory(tmp_path, keep=2) as directory:
-    for step in (5, 10, 15):
-      directory.save(step, step, _at(state, step))
-    directory.wait()
-    assert directory.numbers() == [10, 15]
+@pytest.mark.parametrize(
+  ('kept', 'numbers'),
+  [('all', [1, 2, 3, 4, 5, 6, 7]), ('last:2', [6, 7]), ('every:3', [3, 6, 7])],
+)
+def test_checkpoints_are_kept_as_asked_also_after_a_restart(kept, numbers, state, tmp_path):
+  for steps in (range(1, 5), range(5, 8)):
+    with CheckpointDirectory(tmp_path, Retention.parse(kept)) as directory:
+      for step in steps:
+        directory.save(step, step, _at(state, step))
+      directory.wait()
+  assert directory.numbers() == numbers
+  for number in numbers:
+    _assert_same(directory.restore(number, state), _at(state, number))
 
 
 def test_same_number_at_a_later_step_replaces_the_checkpoint(state, tmp_path):

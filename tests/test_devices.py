@@ -6,7 +6,9 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from runtime.errors import Exit
 from tests.processes import (
   ROOT,
   command,
@@ -147,6 +149,38 @@ def test_an_error_of_all_processes_is_reported_by_each(tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert output.splitlines()[-1].startswith('UserError: optim.lr=-1.0 must be positive')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('own', 'fact'),
+  [
+    (((), ('--config.optim.lr=1e-3',)), 'configuration'),
+    (None, 'data'),
+    (((), ('--mode=stats',)), 'mode'),
+  ],
+)
+def test_a_process_that_was_started_otherwise_is_named_by_all(own, fact, tmp_path):
+  if fact == 'data':
+    # The same configuration, but other pictures at the same place on the other machine.
+    own = tuple((f'--config.data.path={_pictures(tmp_path / str(i), seed=i)}',) for i in range(2))
+  data = ('--config.data.dataset=ImageFolder',) if fact == 'data' else ()
+  for process in start_together(tmp_path / 'run', *data, own=own):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == Exit.REFUSED, output
+    assert output.splitlines()[-1] == (
+      f'UserError: Process 1 of this run has another {fact} than process 0: start all processes '
+      f'with the same command, from the same files.'
+    )
+    assert 'Traceback' not in output
+
+
+def _pictures(folder, seed):
+  folder.mkdir()
+  noise = np.random.default_rng(seed).integers(0, 256, (20, 28, 28), np.uint8)
+  for i, pixels in enumerate(noise):
+    Image.fromarray(pixels).save(folder / f'{i}.png')
+  return folder
 
 
 @pytest.mark.slow

@@ -89,7 +89,11 @@ DIFFERENCES = [
   *[
     (key, ABSENT, ..., _ALL, 'a setting of what is new here')
     for key in (
+      'training.debug_nans',
       'training.grad_accum_steps',
+      'training.keep_checkpoints',
+      'training.max_skipped_steps',
+      'training.on_nonfinite',
       'model.matmul_precision',
       *(f'model.{key}' for key in ('dtype', 'remat', 'remat_policy')),
       'parallel.fsdp',
