@@ -97,7 +97,7 @@ class Guard:
     before = self._in_a_row - 1
     skipped = f', after {before} skipped steps in a row' if before else ''
     return (
-      f'{name} is {value} at step {step}{skipped}; no such step is in a checkpoint: train in a new '
+      f'{name} is {value} at step {step}{skipped}, which no checkpoint holds: train in a new '
       f'--workdir with a lower optim.lr, a longer optim.warmup or a smaller optim.grad_clip, or '
       f'check the data. training.debug_nans=True finds where it comes from.'
     )

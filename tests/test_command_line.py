@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import run_lib
-from runtime.errors import UserError
+from runtime.errors import Exit, UserError
 from tests import tiny_config
 from tests.processes import CONFIG, ROOT, command, environment, wait_for
 
@@ -180,7 +180,7 @@ def test_full_disk_is_a_sentence_and_the_same_command_resumes(tmp_path):
     text=True,
     timeout=300,
   )
-  assert process.returncode == 1
+  assert process.returncode == Exit.STORAGE
   assert 'Traceback' not in process.stderr
   sentences = [line for line in process.stderr.splitlines() if 'rerun the same command' in line]
   assert len(sentences) == 1, process.stderr

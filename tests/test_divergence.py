@@ -64,7 +64,7 @@ def leaves(state):
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_by_default(tmp_path):
-  with pytest.raises(NonFiniteLoss, match=r'training_loss is nan at step \d+; no such step is in'):
+  with pytest.raises(NonFiniteLoss, match='training_loss is nan at step .*, which no'):
     run_lib.train(config_of(), tmp_path)
 
 

@@ -19,6 +19,7 @@ import train_state
 from modes import train as train_mode
 from runtime import checkpoints, parallelism
 from runtime.checkpoints import CheckpointDirectory
+from runtime.errors import Exit
 from runtime.rng import stream
 from tests import tiny_config
 from tests.processes import command, finish, history, run, samples, start, wait_for
@@ -194,7 +195,7 @@ def test_divergence_stops_with_step_and_metric_and_keeps_the_checkpoints(uninter
     directory.save(41, int(state.step) + 1, state.replace(step=state.step + 1, params=bad))
   process = start(workdir, '--config.training.n_iters=50')
   output, _ = process.communicate(timeout=300)
-  assert process.returncode == 1
+  assert process.returncode == Exit.NOT_FINITE
   assert 'NonFiniteLoss: training_loss is' in output
   assert 'at step 42' in output
   assert 'Traceback' not in output
