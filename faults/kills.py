@@ -58,7 +58,6 @@ class Task:
     return [sys.executable, 'main.py', *arguments]
 
 
-_FEW = '--config.eval.num_samples=256'
 TASKS = {
   'train': Task('train'),
   'train_classifier': Task(
@@ -82,8 +81,9 @@ TASKS = {
       '--config.eval.stats_path={folder}/stats.npz',
       '--config.eval.enable_sampling=True',
       '--config.eval.enable_bpd=True',
-      '--config.eval.begin_ckpt=3',
-      _FEW,
+      '--config.eval.bpd_repeats=1',
+      '--config.eval.begin_ckpt=4',
+      '--config.eval.num_samples=256',
     ),
   ),
   'export': Task('export', 'train', ('--checkpoint={folder}/weights.safetensors',)),
@@ -174,11 +174,12 @@ class Soak:
       count = self._run_until_done(name, folder)
       done += count
       found = digest(folder)
-      differing = [path for path in expected.keys() | found.keys()
-                   if expected.get(path) != found.get(path)]  # fmt: skip
+      differing = sorted(
+        path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path)
+      )
       self._note(name, 'completed', kills=count, differing=differing)
       if differing:
-        self.problems.append(f'{name}: {sorted(differing)} differ after {count} kills')
+        self.problems.append(f'{name}: {differing} differ after {count} kills')
       shutil.rmtree(folder)
 
   def undisturbed(self, name: str) -> pathlib.Path:
