@@ -313,7 +313,7 @@ def main() -> None:
 
   def report(result: Soak) -> None:
     kills = sum(entry['event'] != 'completed' for entry in result.log)
-    print(f'{kills} kills, {len(result.problems)} problems', flush=True)
+    print(f'{kills} kills, {len(result.problems)} problems', *result.problems[-1:], flush=True)
     if given.log:
       given.log.write_text('\n'.join(map(json.dumps, result.log)) + '\n')
 

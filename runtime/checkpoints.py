@@ -36,6 +36,8 @@ PyTree = Any
 PREFIX = 'checkpoint'
 # How long a save in progress may take to complete when the program fails.
 _CLOSE_SECONDS = 3.0
+# Where checkpoints are moved to be deleted.
+_REMOVED = '.removed'
 DIRECTORIES = ('checkpoints', 'checkpoints-meta')  # in the directory of a run
 
 
@@ -239,6 +241,9 @@ class CheckpointDirectory(CheckpointReader):
       step_prefix=PREFIX,
       max_to_keep=keep.last,
       keep_period=keep.every,
+      # A directory is renamed at once, but takes time to delete: a process that is killed meanwhile
+      # would leave half a checkpoint, which looks like a damaged one.
+      todelete_subdir=_REMOVED,
       create=True,
       # Processes synchronize under a name: two directories that are written to at the same time
       # need two names.
@@ -255,6 +260,8 @@ class CheckpointDirectory(CheckpointReader):
     if kind is None:
       with self._writing():
         self._manager.close()
+      if jax.process_index() == 0:
+        shutil.rmtree(self.directory / _REMOVED, ignore_errors=True)
       return
     # After a failed save, the threads of Orbax may wait for each other for minutes.
     closing = threading.Thread(target=self._close_after_failure, daemon=True)
@@ -307,11 +314,18 @@ class CheckpointDirectory(CheckpointReader):
       if self.step(number) == step:
         return
       self._manager.delete(number)
+    self._delete_removed()
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(tree), metadata=ocp.args.JsonSave(metadata)
     )
     with self._writing():
       self._manager.save(number, args=args, force=True)
+
+  def _delete_removed(self) -> None:
+    if jax.process_index() == 0:
+      # What is inside only: Orbax may be moving another one there.
+      for path in (self.directory / _REMOVED).glob('*'):
+        shutil.rmtree(path, ignore_errors=True)
 
   def wait(self) -> None:
     """Returns when all checkpoints are written.
@@ -338,8 +352,8 @@ class CheckpointDirectory(CheckpointReader):
 
 
 def remove_unfinished(directory: pathlib.Path) -> None:
-  """Removes the partial files of saves that were killed; no other process may be saving there."""
-  for path in directory.glob(f'{PREFIX}_*.orbax-checkpoint-tmp*'):
+  """Removes what killed processes did not finish saving or deleting; no other one may be at it."""
+  for path in (directory / _REMOVED, *directory.glob(f'{PREFIX}_*.orbax-checkpoint-tmp*')):
     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -128,6 +128,24 @@ def test_checkpoints_are_kept_as_asked_also_after_a_restart(kept, numbers, state
     _assert_same(directory.restore(number, state), _at(state, number))
 
 
+def test_an_old_checkpoint_is_whole_until_it_is_out_of_the_way(state, tmp_path):
+  """A process that is killed while it deletes one leaves none that looks damaged."""
+  with CheckpointDirectory(tmp_path, Retention(last=1)) as directory:
+    for step in (5, 10):
+      directory.save(step, step, _at(state, step))
+    directory.wait()
+    assert directory.numbers() == [10]
+    moved = CheckpointReader(tmp_path / '.removed')
+    _assert_same(moved.restore(5, state), _at(state, 5))
+    directory.save(15, 15, _at(state, 15))
+    directory.wait()
+    assert moved.numbers() == [10]
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['checkpoint_15']
+  shutil.copytree(tmp_path / 'checkpoint_15', tmp_path / '.removed' / 'checkpoint_10')
+  checkpoints.remove_unfinished(tmp_path)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['checkpoint_15']
+
+
 def test_same_number_at_a_later_step_replaces_the_checkpoint(state, tmp_path):
   with CheckpointDirectory(tmp_path) as directory:
     directory.save(2, 15, _at(state, 15))

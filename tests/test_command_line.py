@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tests.processes import CONFIG, ROOT, command, environment, wait_for
 
 
 def main(*arguments, **variables):
-  """Exit code and output of main.py."""
+  """Exit code and output of main.py, without a traceback unless it is a fault of the program."""
   process = subprocess.run(
     [sys.executable, 'main.py', *map(str, arguments)],
     cwd=ROOT,
@@ -28,7 +29,7 @@ def main(*arguments, **variables):
     timeout=300,
   )
   output = process.stdout + process.stderr
-  assert 'Traceback' not in output, output
+  assert ('Traceback' in output) == (process.returncode == Exit.FAULT), output
   return process.returncode, output
 
 
@@ -243,6 +244,53 @@ def test_a_signal_ends_a_mode_with_the_command_that_resumes_it(trained):
     f'{shlex.join(arguments)}'
   )
   assert 'Traceback' not in output
+
+
+FAILING = """
+import threading, time
+from models.utils import register_model
+import flax.linen as nn
+from tests import tiny_config
+
+@register_model(name='failing')
+class Failing(nn.Module):
+  @nn.compact
+  def __call__(self, x, labels, train=True):
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    raise {error}
+
+def get_config():
+  config = tiny_config.get_config()
+  config.model.name = 'failing'
+  return config
+"""
+
+
+@pytest.mark.parametrize(
+  ('error', 'status', 'last'),
+  [
+    ("RuntimeError('boom')", Exit.FAULT, 'RuntimeError: boom'),
+    ('MemoryError()', Exit.MEMORY, 'OutOfMemory: no memory is left. Lower the batch size of'),
+    ("OSError(5, 'I/O error', 'a.txt')", Exit.STORAGE, 'OSError: I/O error: a.txt. The files'),
+    ("FloatingPointError('nan')", Exit.NOT_FINITE, 'FloatingPointError: nan'),
+  ],
+)
+def test_each_kind_of_failure_has_its_status_and_waits_for_no_thread(error, status, last, tmp_path):
+  (tmp_path / 'failing.py').write_text(FAILING.format(error=error))
+  start = time.monotonic()
+  code, output = main(
+    '--mode=train', f'--config={tmp_path / "failing.py"}', f'--workdir={tmp_path / "run"}'
+  )
+  assert time.monotonic() - start < 60  # of 1000 that the thread would wait
+  assert code == status
+  assert any(line.startswith(last) for line in output.splitlines()), output
+
+
+def test_a_cache_that_cannot_be_written_to_is_reported(tmp_path):
+  arguments = ['--mode=train', f'--config={CONFIG}', f'--workdir={tmp_path}', '--dry_run']
+  code, output = main(*arguments, JAX_COMPILATION_CACHE_DIR='/proc/nowhere')
+  assert code == 0
+  assert 'Compiled programs are not kept, because /proc/nowhere cannot be written to' in output
 
 
 @pytest.mark.parametrize('name', ['requirements.txt', 'requirements-dev.txt', 'requirements.lock'])

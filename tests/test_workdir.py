@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import absl.logging
 import numpy as np
 import pytest
 from PIL import Image
@@ -367,3 +368,25 @@ def test_two_processes_of_one_run_agree_on_a_checkpoint_that_one_of_them_cannot_
   ]
   for process in group:
     assert 'step 35' in finish(process)
+
+
+def test_the_log_is_cut_into_files_of_bounded_size(tmp_path, monkeypatch):
+  monkeypatch.setattr(reporting, '_LOG_BYTES', 2000)
+  with workdirs.at_work(tmp_path, '--workdir'):
+    for i in range(200):
+      absl.logging.warning('line %d of a long run', i)
+  files = sorted(tmp_path.glob('stdout.txt*'))
+  assert [file.name for file in files] == ['stdout.txt', *(f'stdout.txt.{i}' for i in (1, 2, 3))]
+  assert all(file.stat().st_size <= 2000 for file in files)
+  assert 'line 199 of' in files[0].read_text()
+
+
+@pytest.mark.slow
+def test_evaluation_leaves_out_the_checkpoints_that_training_has_removed(tmp_path, caplog):
+  kept = {'training__keep_checkpoints': 'every:2', 'training__snapshot_freq': 1}
+  config = config_of(**kept, training__snapshot_freq_for_preemption=1)
+  run_lib.train(config, tmp_path)
+  assert CheckpointReader(tmp_path / 'checkpoints').numbers() == [2, 4, 5]
+  run_lib.evaluate(config_of(**kept, eval__begin_ckpt=1, eval__end_ckpt=4), tmp_path)
+  assert 'Evaluating [2, 4]: training.keep_checkpoints has removed the others.' in caplog.text
+  assert json.loads((tmp_path / 'eval' / 'report.json').read_text()).keys() == {'2', '4'}
