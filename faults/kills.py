@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ CONFIG = 'tests/tiny_config.py'
 # Of SIGTERM, after which a training saves first.
 _SECONDS_TO_END = 60.0
 # What differs from run to run: logs, and what is measured.
+_LATEST = 'checkpoints-meta'
 _UNCOMPARED = ('stdout.txt', '.lock', 'start.json')
 _MEASURED = ('images_per_second', 'memory', 'seconds')
 
@@ -120,10 +122,13 @@ def digest(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _entries(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
+  newest = max(map(_number, folder.iterdir()), default=0) if folder.name == _LATEST else 0
   for path in sorted(folder.iterdir()):
     if path.name in (*_UNCOMPARED, 'tensorboard', 'pictures'):
       continue
-    if (path / 'metadata' / 'metadata').is_file():  # a checkpoint: the checksums of its arrays
+    if 0 < _number(path) < newest:  # of a step at which SIGTERM came, if one did
+      yield path.with_name('older'), ''
+    elif (path / 'metadata' / 'metadata').is_file():  # a checkpoint: the checksums of its arrays
       yield path, (path / 'metadata' / 'metadata').read_text(encoding='utf-8')
     elif path.is_dir():
       yield from _entries(path)
@@ -134,6 +139,12 @@ def _entries(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
       yield path, hashlib.sha256(json.dumps(kept).encode()).hexdigest()
     else:
       yield path, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _number(path: pathlib.Path) -> int:
+  """The number of a checkpoint; 0 for every other file."""
+  match = re.fullmatch(r'checkpoint_(\d+)', path.name)
+  return int(match[1]) if match else 0
 
 
 def _without_measured(content: object) -> object:

@@ -23,9 +23,10 @@ from runtime.errors import Exit
 _BEAT_SECONDS = 5.0
 _SILENCE_SECONDS = 40.0
 _CONNECT_SECONDS = 60.0
-# How long a process waits for a sign that its error follows from the loss of another one, and how
-# long the first one, without which JAX aborts the others at once, lets them report the same error.
+# How long a process waits for a sign that its error follows from the loss of another one.
 _WAIT_SECONDS = 1.0
+# How long one that has failed lets the others report the same error, before they lose it.
+_REPORT_SECONDS = 3.0
 
 
 class Peers:
@@ -139,6 +140,6 @@ class Peers:
       status: what it exits with.
     """
     self._left = True
-    if self._index == 0:
-      time.sleep(_WAIT_SECONDS)
+    # The others may be about to report the same error. JAX aborts them when the first one is gone.
+    time.sleep(_REPORT_SECONDS + (_WAIT_SECONDS if self._index == 0 else 0))
     os._exit(status)
