@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
+from absl import logging
 
 from models import utils as mutils
 from runtime import parallelism
@@ -319,6 +321,10 @@ def compile_sampler(
       return inverse_scaler(jax.vmap(result)(_single(condition), carry)[:, 0])
     return inverse_scaler(result(condition, carry))
 
+  @jax.jit
+  def count_not_finite(images):
+    return jnp.sum(~jnp.isfinite(images).all(axis=(1, 2, 3)))
+
   def sample(
     rng: Any,  # `key_shape` refuses anything but keys, with an error for users
     state: State,
@@ -342,7 +348,15 @@ def compile_sampler(
         x = carry[0][:, 0] if per_image else carry[0]
         # A partial, not a closure over `x`, which the next round of the loop would rebind.
         callback(end, sampler.n_steps, functools.partial(inverse_scaler, x))
-    return finish(per_image, network, condition, carry), sampler.nfe(carry)
+    images = finish(per_image, network, condition, carry)
+    if bad := int(count_not_finite(images)):
+      logging.warning(
+        '%d of %d samples have values that are not finite: has the training diverged? Otherwise '
+        'take more steps, or less of sampling.snr or of the guidance.',
+        bad,
+        len(images),
+      )
+    return images, sampler.nfe(carry)
 
   return sample
 

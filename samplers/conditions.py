@@ -262,6 +262,9 @@ class PosteriorGuidance(Condition):
     noise_std: the standard deviation of the measurement noise, in the units of `y`.
     data_std: the standard deviation d of the data, in units of the scaled data; 0 leaves r_t out.
     scale: the factor of the gradient.
+    bounds: the range of the data, which D is clipped to before it is measured; None leaves D as it
+      is. An imperfect network predicts values far outside at high noise, whose gradients can grow
+      without bound; those of clipped values vanish.
   """
 
   sde: SDE = flax.struct.field(pytree_node=False)
@@ -270,6 +273,7 @@ class PosteriorGuidance(Condition):
   noise_std: float = flax.struct.field(pytree_node=False, default=0.01)
   data_std: float = flax.struct.field(pytree_node=False, default=0.5)
   scale: float = flax.struct.field(pytree_node=False, default=1.0)
+  bounds: tuple[float, float] | None = flax.struct.field(pytree_node=False, default=None)
 
   def score(self, score_fn: ScoreFn) -> ScoreFn:
     """score(x_t) + scale grad log p(y | x_t), from `score_fn`, the score of p(x_t)."""
@@ -278,6 +282,8 @@ class PosteriorGuidance(Condition):
       alpha, sigma = self.sde.alpha_sigma(t)
       score = score_fn(x, t)
       denoised = self.sde.denoise(x, t, score)
+      if self.bounds is not None:
+        denoised = jnp.clip(denoised, *self.bounds)
       s2, d2 = (sigma / alpha) ** 2, self.data_std**2
       variance = self.noise_std**2 + s2 * d2 / (s2 + d2)
       errors = (self.y - self.A(denoised)).reshape(x.shape[0], -1)

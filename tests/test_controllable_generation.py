@@ -213,6 +213,24 @@ def test_posterior_guidance_leads_to_the_posterior_of_a_noisy_measurement(sde, m
   assert covariance_error < COVARIANCE_NOISE
 
 
+def test_bounds_keep_posterior_guidance_finite_where_the_network_is_far_off():
+  sde = sde_lib.VPSDE(N=30)
+  network = lambda x, t: 1e25 * x  # of a score that no data have
+  x, t = jnp.ones((2, *SHAPE)), jnp.full(2, 0.9)
+  given = {'sde': sde, 'y': jnp.zeros((2, *SHAPE))}
+  unbounded = control.PosteriorGuidance(A=lambda x: x, **given).score(network)(x, t)
+  assert not np.isfinite(unbounded).all()
+  bounded = control.PosteriorGuidance(A=lambda x: x, bounds=(-1.0, 1.0), **given).score(network)
+  np.testing.assert_array_equal(bounded(x, t), network(x, t))
+  # Inside the bounds nothing changes.
+  score_fn = gaussian_score(sde, 0.0, 0.5)
+  guided = [
+    control.PosteriorGuidance(A=lambda x: x, bounds=bounds, **given).score(score_fn)(x, t)
+    for bounds in (None, (-100.0, 100.0))
+  ]
+  np.testing.assert_array_equal(*guided)
+
+
 @pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
 def test_class_guidance_makes_the_score_of_the_class(sde):
   """Two Gaussian classes, whose noisy posterior and scores are known: Eq. 14 to rounding."""
