@@ -1,6 +1,8 @@
 """One run gives the same numbers on any number and layout of devices and processes."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 
@@ -141,6 +143,19 @@ def test_a_killed_process_ends_the_other_with_a_sentence_and_both_resume(
   for output in finish_together(start_together(tmp_path, *WIDE, devices=2)):
     assert 'Resuming from' in output
   assert_same(tmp_path, one_device)
+
+
+@pytest.mark.slow
+def test_a_signal_to_any_process_stops_all_at_the_same_step_with_a_checkpoint(tmp_path):
+  group = start_together(tmp_path, '--config.training.n_iters=10000')
+  log = tmp_path / 'metrics.jsonl'
+  wait_for(lambda: log.exists() and '"step": 8' in log.read_text(), group[0])
+  group[1].send_signal(signal.SIGTERM)
+  steps = {
+    re.search(r'Stopped by a signal at step (\d+)', out)[1] for out in finish_together(group)
+  }
+  (step,) = steps
+  assert (tmp_path / 'checkpoints-meta' / f'checkpoint_{step}').is_dir()
 
 
 @pytest.mark.slow
