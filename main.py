@@ -184,6 +184,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}: all arguments are flags.')
   for number in startup.ending_signals():
     signal.signal(number, _interrupt)
+  sys.unraisablehook = startup.unraisable
   peers = None
   try:
     if _MODE.value == 'report':

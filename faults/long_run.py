@@ -108,6 +108,7 @@ def main() -> None:
       '--config.eval.enable_sampling=True',
       '--config.eval.num_samples=128',
       '--config.eval.enable_bpd=True',
+      '--config.eval.bpd_repeats=1',
       f'--config.eval.begin_ckpt={last - given.rounds + 1}',
       f'--config.eval.end_ckpt={last}',
     )

@@ -20,7 +20,7 @@ from absl import logging
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from runtime import parallelism
+from runtime import parallelism, startup
 from runtime.array_types import Array, GreyLevels, Images
 from runtime.errors import UserError
 from runtime.files import write_atomic
@@ -282,7 +282,7 @@ def log_to_console() -> None:
   handler.python_handler.stream = _AboveProgressBar()
   logging.set_stderrthreshold('fatal')  # else absl writes every line to standard error again
   _set_up(handler)
-  sys.unraisablehook = _quiet_after_failed_write
+  sys.unraisablehook = startup.unraisable
 
 
 class _LogFile(RotatingFileHandler):
@@ -292,12 +292,6 @@ class _LogFile(RotatingFileHandler):
     del record
     logging.get_absl_logger().removeHandler(self)
     logging.warning('The log %s ends here: %s.', self.baseFilename, sys.exc_info()[1])
-
-
-def _quiet_after_failed_write(unraisable: Any) -> None:
-  """Drops the tracebacks of event loops that end with a failed save, which is reported itself."""
-  if str(unraisable.exc_value) != 'Event loop is closed':
-    sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager

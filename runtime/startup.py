@@ -1,12 +1,14 @@
 """Settings that must be made before JAX starts; main.py and the benchmarks share them."""
 
+import _thread
 import math
 import os
 import pathlib
 import platform
 import signal
 import sys
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -43,6 +45,21 @@ def ending_signals() -> list[int]:
   hangup = getattr(signal, 'SIGHUP', None)  # sent when a terminal closes; Windows has none
   ignored = not hangup or signal.getsignal(hangup) == signal.SIG_IGN  # as under nohup
   return [signal.SIGTERM] if ignored else [signal.SIGTERM, hangup]
+
+
+def unraisable(dropped: Any) -> None:
+  """A `sys.unraisablehook`, for exceptions in code that Python calls where nobody can catch them.
+
+  A signal that interrupts such code, a finalizer or what JAX does after each garbage collection,
+  would be lost: it comes again. An event loop that ends with a failed save is reported by the save.
+  """
+  if isinstance(dropped.exc_value, KeyboardInterrupt):
+    number = (dropped.exc_value.args or (signal.SIGINT,))[0]
+    again = threading.Timer(0.05, _thread.interrupt_main, [number])
+    again.daemon = True
+    again.start()
+  elif str(dropped.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(dropped)
 
 
 def user_cache() -> pathlib.Path:

@@ -246,6 +246,35 @@ def test_a_signal_ends_a_mode_with_the_command_that_resumes_it(trained):
   assert 'Traceback' not in output
 
 
+DROPPING = """
+import os, signal, sys, time
+import main
+from runtime import startup
+
+class Last:
+  def __del__(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)  # the handler runs here, and Python drops what it raises
+
+signal.signal(signal.SIGTERM, main._interrupt)
+sys.unraisablehook = startup.unraisable
+try:
+  Last()
+  print('dropped', flush=True)
+  time.sleep(60)
+except KeyboardInterrupt as stop:
+  print('stopped by', stop.args[0])
+"""
+
+
+def test_a_signal_that_comes_where_python_drops_exceptions_comes_again():
+  process = subprocess.run(
+    [sys.executable, '-c', DROPPING], cwd=ROOT, capture_output=True, text=True, timeout=120
+  )
+  assert process.stdout == f'dropped\nstopped by {int(signal.SIGTERM)}\n'
+  assert process.stderr == ''
+
+
 FAILING = """
 import threading, time
 from models.utils import register_model
