@@ -360,4 +360,4 @@ def write_classifier_file(params: PyTree, info: dict[str, Any]) -> bytes:
   """
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
-  return safetensors.numpy.save(arrays, {'classifier': json.dumps(info)})
+  return weights.to_safetensors(arrays, {'classifier': json.dumps(info)})

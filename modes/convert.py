@@ -15,17 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors
-import safetensors.numpy
 from absl import logging
 from ml_collections import ConfigDict
 
 import train_state
 from formats import FORMATS, ImportedCheckpoint
+from formats.export import read_config
 from models.layers import is_frequency
 from modes.loading import check_weights, load_weights
 from modes.training_loop import open_run
 from runtime import checkpoints, configuration, parallelism, reporting, weights
+from runtime.checkpoints import CheckpointReader
 from runtime.errors import UserError
 from runtime.weights import Arrays
 from runtime.workdir import at_work, check_run, log_start, record
@@ -52,10 +52,10 @@ def import_checkpoint(config: ConfigDict, workdir: pathlib.Path, checkpoint: str
 
 def check_import(config: ConfigDict, workdir: pathlib.Path, checkpoint: str | None) -> State:
   """Reads the file that `--mode=import` imports, and refuses what the mode would refuse."""
-  if _has_checkpoints(workdir):
-    raise UserError(f'--workdir={workdir} already has checkpoints: import into a new one.')
   check_run(config, workdir)
   state = read_state(config, checkpoint)
+  if not _has_only(workdir, state):  # else an import that was killed, which the same command ends
+    raise UserError(f'--workdir={workdir} already has checkpoints: import into a new one.')
   step, n_jitted_steps = int(state.step), config.training.n_jitted_steps
   if step % n_jitted_steps:
     raise UserError(
@@ -65,9 +65,11 @@ def check_import(config: ConfigDict, workdir: pathlib.Path, checkpoint: str | No
   return state
 
 
-def _has_checkpoints(workdir: pathlib.Path) -> bool:
-  found = workdir.glob(f'checkpoints*/{checkpoints.PREFIX}_*')
-  return any(path.name.rpartition('_')[2].isdigit() for path in found)  # not Orbax's unfinished
+def _has_only(workdir: pathlib.Path, state: State) -> bool:
+  """Whether all checkpoints of a directory, if it has any, are of this state."""
+  readers = [CheckpointReader(workdir / name) for name in checkpoints.DIRECTORIES]
+  found = {reader.identity(number) for reader in readers for number in reader.numbers()}
+  return not found or found == {checkpoints.identity_of(int(state.step), parallelism.place(state))}
 
 
 def read_state(config: ConfigDict, checkpoint: str | None) -> State:
@@ -214,8 +216,15 @@ def check_export(
   if dtype not in ('float32', 'float16'):
     raise UserError(f'Unknown --dtype={dtype}: choose float32 or float16.')
   check_weights(config, workdir, number)
+  path = pathlib.Path(checkpoint or '').expanduser()
+  if path.is_file() and read_config(path) == json.loads(_recorded(config)):
+    return  # perhaps the same export: a command that was killed at its end may be run again
   if checkpoint:
-    _check_absent(pathlib.Path(checkpoint).expanduser())
+    _check_absent(path)
+
+
+def _recorded(config: ConfigDict) -> str:
+  return json.dumps(configuration.flatten(config))
 
 
 def _check_absent(path: pathlib.Path) -> None:
@@ -236,13 +245,15 @@ def export_checkpoint(
   _, state = load_weights(config, workdir, number)
   step = int(state.step)
   path = pathlib.Path(checkpoint or workdir / f'export_{step}.safetensors').expanduser()
-  _check_absent(path)
   variables = {'params': state.params_ema, **state.model_state}
   stored = jax.tree_util.tree_map_with_path(functools.partial(_stored, dtype), variables)
   arrays = flax.traverse_util.flatten_dict(stored, sep='/')
-  metadata = {'step': str(step), 'config': json.dumps(configuration.flatten(config))}
+  metadata = {'step': str(step), 'config': _recorded(config)}
   if jax.process_index() == 0:
-    reporting.write_atomic(path, safetensors.numpy.save(arrays, metadata))
+    data = weights.to_safetensors(arrays, metadata)
+    if not path.is_file() or path.read_bytes() != data:
+      _check_absent(path)
+      reporting.write_atomic(path, data)
   logging.info('Exported step %d to %s.', step, path)
   return path
 

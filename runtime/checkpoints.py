@@ -139,8 +139,7 @@ class CheckpointReader:
     Raises:
       DamagedCheckpoint: if the metadata of the checkpoint cannot be read.
     """
-    metadata = json.dumps(self._metadata(number), sort_keys=True)
-    return f'{zlib.crc32(metadata.encode()):08x}'
+    return _identity(self._metadata(number))
 
   def restore(self, number: int, like: PyTree) -> PyTree:
     """Restores checkpoint `number` on the present devices, whatever devices it was saved from.
@@ -298,17 +297,8 @@ class CheckpointDirectory(CheckpointReader):
       NonFiniteState: if an array has a value that is NaN or infinite.
       UnsavedCheckpoint: if this checkpoint or the one before could not be written.
     """
+    metadata = _metadata_of(step, tree)
     tree = flax.serialization.to_state_dict(tree)
-    checksums = {}
-    for path, leaf in _flatten(tree).items():
-      leaf = parallelism.to_host(leaf)  # one at a time: the whole state may not fit in one host
-      if not np.isfinite(leaf).all():
-        raise NonFiniteState(
-          f'state[{path!r}] is not finite at step {step}: lower optim.lr or check the data, then '
-          f'train in a new --workdir.'
-        )
-      checksums[path] = _checksum(leaf)
-    metadata = {'step': step, 'crc32': checksums}
     if number in self._manager.all_steps():
       self.wait()
       if self.step(number) == step:
@@ -447,6 +437,32 @@ def _newest(
   _, index, number = max(steps, default=(-1, -1, -1))
   index, number = (parallelism.from_first_process(value) for value in (index, number))
   return None if index < 0 else (index, number)
+
+
+def identity_of(step: int, tree: PyTree) -> str:
+  """What `CheckpointReader.identity` will be for `tree` when it is saved.
+
+  Raises:
+    NonFiniteState: if an array has a value that is NaN or infinite.
+  """
+  return _identity(_metadata_of(step, tree))
+
+
+def _identity(metadata: dict[str, Any]) -> str:
+  return f'{zlib.crc32(json.dumps(metadata, sort_keys=True).encode()):08x}'
+
+
+def _metadata_of(step: int, tree: PyTree) -> dict[str, Any]:
+  checksums = {}
+  for path, leaf in _flatten(flax.serialization.to_state_dict(tree)).items():
+    leaf = parallelism.to_host(leaf)  # one at a time: the whole state may not fit in one host
+    if not np.isfinite(leaf).all():
+      raise NonFiniteState(
+        f'state[{path!r}] is not finite at step {step}: lower optim.lr or check the data, then '
+        f'train in a new --workdir.'
+      )
+    checksums[path] = _checksum(leaf)
+  return {'step': step, 'crc32': checksums}
 
 
 def _mismatches(wanted: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:

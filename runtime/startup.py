@@ -55,11 +55,18 @@ def unraisable(dropped: Any) -> None:
   """
   if isinstance(dropped.exc_value, KeyboardInterrupt):
     number = (dropped.exc_value.args or (signal.SIGINT,))[0]
-    again = threading.Timer(0.05, _thread.interrupt_main, [number])
+    again = threading.Timer(0.05, _signal_main, [number])
     again.daemon = True
     again.start()
   elif str(dropped.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(dropped)
+
+
+def _signal_main(number: int) -> None:
+  if hasattr(signal, 'pthread_kill'):  # which also wakes a thread that sleeps or waits
+    signal.pthread_kill(threading.main_thread().ident, number)
+  else:
+    _thread.interrupt_main(number)
 
 
 def user_cache() -> pathlib.Path:

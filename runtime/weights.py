@@ -3,6 +3,7 @@
 The files are third-party, so their content is bounded and checked before it is used.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import msgpack
 import numpy as np
+import safetensors.numpy
 
 PyTree = Any
 
@@ -53,6 +55,18 @@ def restore_flax(data: bytes) -> PyTree:
     max_array_len=_MOST_AXES,
   )
   return flax.serialization.msgpack_restore(data)
+
+
+def to_safetensors(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+  """The content of a file of safetensors, the same for the same arguments."""
+  content = safetensors.numpy.save(dict(arrays), dict(metadata))
+  # The library writes the metadata in another order each time. A header is its length in 8 bytes,
+  # and JSON with spaces behind it.
+  end = 8 + int.from_bytes(content[:8], 'little')
+  header = json.dumps(
+    json.loads(content[8:end]), sort_keys=True, separators=(',', ':'), ensure_ascii=False
+  ).encode()
+  return content[:8] + header.ljust(end - 8) + content[end:]
 
 
 def flatten(tree: Mapping) -> dict[str, Any]:

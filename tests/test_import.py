@@ -381,8 +381,18 @@ def test_import_evaluates_export_and_import_again(flax_file, tmp_path):
   assert_same(again.params_ema, state.params_ema)
   assert (int(again.step), int(adam_of(again)['count'])) == (STEP, 0)
 
+  # What has been done is not done again, nor refused: the command may have been killed at its end.
+  times = {file: file.stat().st_mtime_ns for file in (tmp_path / 'a').rglob('checkpoint*/**/*')}
+  before = path.read_bytes()
+  assert run_lib.export_checkpoint(config, str(tmp_path / 'a')) == path
+  path.rename(tmp_path / 'moved')
+  assert run_lib.export_checkpoint(config, str(tmp_path / 'a')) == path
+  assert path.read_bytes() == before
+  run_lib.import_checkpoint(config, str(tmp_path / 'a'), flax_file)
+  assert times == {file: file.stat().st_mtime_ns for file in times}
   with pytest.raises(UserError, match='already has checkpoints'):
-    run_lib.import_checkpoint(config, str(tmp_path / 'a'), flax_file)
+    run_lib.import_checkpoint(config, str(tmp_path / 'a'), str(path))
+  path.write_text('another file')
   with pytest.raises(UserError, match='exists'):
     run_lib.export_checkpoint(config, str(tmp_path / 'a'))
   with pytest.raises(UserError, match='checkpoint_number=3 is not in .* it has .1001'):
