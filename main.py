@@ -336,4 +336,11 @@ if __name__ == '__main__':
     lambda given: bool(given['workdir']) or given['mode'] in ('stats', 'prepare_data'),
     'Flag --workdir must name a directory.',
   )
-  app.run(main, flags_parser=parse_flags)
+  try:
+    try:
+      app.run(main, flags_parser=parse_flags)
+    finally:
+      sys.stdout.flush()
+  except BrokenPipeError:  # nobody reads on, as in main.py --help | head
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)

@@ -315,6 +315,14 @@ def test_each_kind_of_failure_has_its_status_and_waits_for_no_thread(error, stat
   assert any(line.startswith(last) for line in output.splitlines()), output
 
 
+def test_help_whose_reader_leaves_ends_quietly():
+  shell = f'set -o pipefail; {shlex.quote(sys.executable)} main.py --help | head -n 1'
+  process = subprocess.run(['bash', '-c', shell], cwd=ROOT, capture_output=True, text=True)
+  assert process.stdout
+  assert process.stderr == ''
+  assert process.returncode in (0, 1, 128 + signal.SIGPIPE)  # 1 is that of --help itself
+
+
 def test_a_cache_that_cannot_be_written_to_is_reported(tmp_path):
   arguments = ['--mode=train', f'--config={CONFIG}', f'--workdir={tmp_path}', '--dry_run']
   code, output = main(*arguments, JAX_COMPILATION_CACHE_DIR='/proc/nowhere')
