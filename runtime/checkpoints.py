@@ -35,7 +35,7 @@ PyTree = Any
 
 PREFIX = 'checkpoint'
 # How long a save in progress may take to complete when the program fails.
-_CLOSE_SECONDS = 3.0
+_CLOSE_SECONDS = 2.0
 # Where checkpoints are moved to be deleted.
 _REMOVED = '.removed'
 DIRECTORIES = ('checkpoints', 'checkpoints-meta')  # in the directory of a run
