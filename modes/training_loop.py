@@ -106,7 +106,10 @@ def train_loop(
   ):
     log = StepLog(metrics, last, training.batch_size, saved=step)
     if _is_snapshot(step, last, training.snapshot_freq):
-      at_snapshot(state, metrics)  # if the process was killed after the checkpoint, before this
+      # If the process was killed after the checkpoint, before these.
+      at_snapshot(state, metrics)
+      if step not in run.latest.numbers():
+        run.latest.save(step, step, state)
     guard = Guard(skips=training.on_nonfinite == 'skip', most=training.max_skipped_steps)
     unchecked = []
 

@@ -14,6 +14,7 @@ import datasets
 import losses
 import sde_lib
 import train_state
+from faults.kills import digest
 from modes import train as train_mode
 from runtime import checkpoints, parallelism
 from runtime.checkpoints import CheckpointDirectory
@@ -122,6 +123,17 @@ def test_a_signal_saves_and_exits_cleanly_and_the_run_continues(number, uninterr
   assert f'and saved. To resume, run: {shlex.join(command(tmp_path))}\n' in output
   run(tmp_path)
   assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+def test_killed_between_the_two_saves_of_the_last_step_the_run_ends_with_both(
+  uninterrupted, tmp_path
+):
+  workdir = tmp_path / 'run'
+  shutil.copytree(uninterrupted, workdir)
+  shutil.rmtree(workdir / 'checkpoints-meta' / 'checkpoint_40')
+  run(workdir)
+  assert digest(workdir) == digest(uninterrupted)
 
 
 @pytest.mark.slow
