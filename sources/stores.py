@@ -297,7 +297,7 @@ class ZipStore(Store):
       content = file.read(info.compress_size)
       if info.compress_type == zipfile.ZIP_DEFLATED:
         content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, info.file_size)
-    except (OSError, struct.error, zlib.error) as error:
+    except (OSError, ValueError, OverflowError, struct.error, zlib.error) as error:
       raise BadPicture(f'damaged in the archive: {error}') from error
     if len(content) != info.file_size or zlib.crc32(content) != info.CRC:
       raise BadPicture('damaged in the archive: its checksum is another one')
