@@ -20,9 +20,10 @@ _NPY_HEADERS = {
   (2, 0): ('<I', np.lib.format.read_array_header_2_0),
 }
 _LONGEST_HEADER = 10_000
+_NUMBER = rb'(?:0|[1-9][0-9]{0,18})L?'
 _NPY_HEADER = re.compile(
-  rb"\s*\{'descr': *'[^'\\]{1,20}', *'fortran_order': *(True|False), *"
-  rb"'shape': *\([0-9L, ]{0,1000}\),? *\}\s*"
+  rb"\{'descr': '[<>|=]?[A-Za-z?][0-9]{0,9}', 'fortran_order': (?:True|False), "
+  rb"'shape': \((?:" + _NUMBER + rb', ?)*(?:' + _NUMBER + rb')?\),? ?\} *\n?'
 )
 
 # What zipfile, zlib and NumPy raise for a file that is damaged or not an .npz file.
