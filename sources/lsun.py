@@ -1,6 +1,8 @@
 """One category of LSUN, https://www.yf.io/p/lsun: an LMDB database of WebP pictures."""
 
 import calendar
+import errno
+import lzma
 import mmap
 import os
 import pathlib
@@ -21,6 +23,17 @@ from sources.stores import MAX_BYTES, File, FolderStore, PictureFiles, Store
 # Published numbers are of the validation pictures: LSUN keeps its test pictures' categories secret.
 _SPLITS = {'train': 'train', 'test': 'val'}
 _BLOCK = 2**24  # bytes that are copied at a time
+# What zipfile raises for a damaged archive, besides the OSError of a place before its beginning.
+_DAMAGE = (
+  zipfile.BadZipFile,
+  zlib.error,
+  lzma.LZMAError,
+  EOFError,
+  NotImplementedError,
+  RuntimeError,
+  ValueError,
+  OverflowError,
+)
 
 
 @register_dataset(name='LSUN')
@@ -127,8 +140,13 @@ def extract(path: pathlib.Path, folder: pathlib.Path) -> None:
       # Extracted again, the file has the same time, and its cache is found.
       changed = calendar.timegm(info.date_time)
       os.utime(part / 'data.mdb', (changed, changed))
-  except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+  except UserError:
     shutil.rmtree(part, ignore_errors=True)
+    raise
+  except (*_DAMAGE, OSError) as error:
+    shutil.rmtree(part, ignore_errors=True)
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a full disk, and the like
+      raise
     raise UserError(
       f'{path} is truncated or damaged ({error}): remove it and download it again.'
     ) from error

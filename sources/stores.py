@@ -248,7 +248,9 @@ class ZipStore(Store):
     self._local = threading.local()  # a file for each thread: they seek
     try:
       with zipfile.ZipFile(path) as archive:
-        members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+        # Not `is_dir`, which fails where the name is empty.
+        infos = [info for info in archive.infolist() if not info.filename.endswith('/')]
+        members = {info.filename: info for info in infos}
     except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
       raise UserError(
         f'it is not a complete ZIP file ({error}): copy or download it again.'
