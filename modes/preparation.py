@@ -4,6 +4,8 @@ The functions that build from a configuration refuse what they cannot do, so mos
 build what the mode will use, without computing anything.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -88,9 +90,13 @@ def _registered_keys(config: ConfigDict) -> dict[str, dict[str, Any]]:
 
 def _check_values(config: ConfigDict) -> None:
   training, optim = config.training, config.optim
+  for name in ('image_size', 'num_channels'):
+    if config.data[name] < 1:
+      raise UserError(f'data.{name}={config.data[name]} must be at least 1.')
   sde = sde_lib.get_sde(config)
   train_state.get_optimizer(config)
-  sampling.check(config, sde)
+  with _building(f'The sampler sampling.method={config.sampling.method!r}'):
+    sampling.check(config, sde)
   controllable_generation.check(config)
   datasets.check_batch_size(training.batch_size, 'training.batch_size')
   for name in ('n_iters', 'n_jitted_steps', 'grad_accum_steps', *FREQUENCIES):
@@ -118,11 +124,26 @@ def _check_values(config: ConfigDict) -> None:
     raise UserError(f'model.ema_rate={config.model.ema_rate} must be in [0, 1).')
   _check_classifier(config.classifier)
   # The abstract pass of the network refuses shapes that do not fit; the objective does the same.
-  model, _, _ = mutils.abstract_model(config)
+  with _building(f'The network model.name={config.model.name!r}'):
+    model, _, _ = mutils.abstract_model(config)
   losses.build_step_fn(config, sde, model, train=False)
   if not training.continuous:
     x, labels = jnp.zeros((1, 1)), jnp.zeros(1, int)
     sde.perturb_discrete(x, x, labels)
+
+
+@contextlib.contextmanager
+def _building(what: str) -> Iterator[None]:
+  """Says in a sentence that something cannot be built, whatever a library says of its shapes."""
+  try:
+    yield
+  except UserError:
+    raise
+  except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+    reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+    raise UserError(
+      f'{what} cannot be built as configured ({reason}): correct its settings.'
+    ) from error
 
 
 def _check_classifier(classifier: ConfigDict) -> None:

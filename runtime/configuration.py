@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import reprlib
 import runpy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -21,6 +22,10 @@ LEGACY: dict[str, Callable[[Any], Any]] = {
   'optim.amsgrad': lambda config: False,
   'training.loss': lambda config: config.training.sde,
 }
+
+
+# What the numbers of a setting must stay below: a whole one in 64 bits, others in single precision.
+_LARGEST = {int: 2**63, float: 1e38}
 
 
 def read_file(path: str, argument: str = '') -> ConfigDict:
@@ -141,6 +146,14 @@ def _check_type(name: str, value: Any, example: Any) -> None:
       f'config.{name}={value!r} is of type {type(value).__name__}; it must be of type '
       f'{allowed.__name__}, such as {example!r}.'
     )
+  numbers = value if isinstance(value, (tuple, list)) else [value]
+  for number in numbers:
+    limit = _LARGEST.get(type(number))
+    if limit and not -limit < number < limit:  # the comparison is false for NaN
+      raise UserError(
+        f'config.{name}={reprlib.repr(value)} is beyond the range of a number: set it to one such '
+        f'as {example!r}.'
+      )
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:

@@ -24,3 +24,7 @@ class UserError(ValueError):
   """
 
   status = Exit.REFUSED
+
+  def __init__(self, message: object = ''):
+    # A value or a reason that it quotes may have several lines.
+    super().__init__(' '.join(line.strip() for line in str(message).splitlines()))

@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import re
 import struct
 import tokenize
 import zipfile
@@ -12,10 +13,18 @@ import numpy as np
 from jaxtyping import Shaped
 
 _DEFLATE = 1032  # the largest compression ratio of deflate
+# By version: the type of the length of the header, and NumPy's reader. The header is an expression
+# in Python, and parsing a strange one can take minutes: only what NumPy writes is let through.
 _NPY_HEADERS = {
-  (1, 0): np.lib.format.read_array_header_1_0,
-  (2, 0): np.lib.format.read_array_header_2_0,
+  (1, 0): ('<H', np.lib.format.read_array_header_1_0),
+  (2, 0): ('<I', np.lib.format.read_array_header_2_0),
 }
+_LONGEST_HEADER = 10_000
+_NUMBER = rb'(?:0|[1-9][0-9]{0,18})L?'
+_NPY_HEADER = re.compile(
+  rb"\{'descr': '[<>|=]?[A-Za-z?][0-9]{0,9}', 'fortran_order': (?:True|False), "
+  rb"'shape': \((?:" + _NUMBER + rb', ?)*(?:' + _NUMBER + rb')?\),? ?\} *\n?'
+)
 
 # What zipfile, zlib and NumPy raise for a file that is damaged or not an .npz file.
 UNREADABLE = (
@@ -53,10 +62,19 @@ def load_arrays(
 def _load_array(archive: zipfile.ZipFile, name: str, longest: int) -> np.ndarray:
   """Reads one array, after a check of its length: a header can ask for any amount of memory."""
   entry = archive.getinfo(f'{name}.npy')
+  if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    raise ValueError(f'{name} is compressed by another method than those of NumPy')
   with archive.open(entry) as file:
-    read_header = _NPY_HEADERS.get(np.lib.format.read_magic(file))
-    if read_header is None:
+    version = np.lib.format.read_magic(file)
+    if version not in _NPY_HEADERS:
       raise ValueError(f'{name} has a newer .npy format than numeric arrays need')
+    form, read_header = _NPY_HEADERS[version]
+    start = file.tell()
+    (header_length,) = struct.unpack(form, file.read(struct.calcsize(form)))
+    header = file.read(min(header_length, _LONGEST_HEADER))
+    if not _NPY_HEADER.fullmatch(header):
+      raise ValueError(f'{name} is not an array of one type, as NumPy writes it')
+    file.seek(start)
     shape, _, dtype = read_header(file)
     if dtype.hasobject:
       raise ValueError(f'{name} holds Python objects')

@@ -51,7 +51,7 @@ class Registry:
     """Says that importing `module` registers `names`, which is put off until one is used."""
     self._located |= {name.lower(): (name, module) for name in names}
 
-  def get(self, name: str) -> Any:
+  def get(self, name: Any) -> Any:
     """The object registered as `name`.
 
     Raises:
@@ -70,7 +70,7 @@ class Registry:
     """All names, as they were registered and in the order of registration."""
     return [name for name, _ in (self._located | self._entries).values()]
 
-  def fields(self, name: str) -> dict[str, Any]:
+  def fields(self, name: Any) -> dict[str, Any]:
     """The keys of a configuration that the object registered as `name` reads, with their defaults.
 
     They are the fields of a dataclass, or the keyword-only parameters of a function or of another

@@ -2,16 +2,16 @@
 
 import io
 import pathlib
-import pickle
 import tarfile
 import zlib
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer, UInt8
 from ml_collections import ConfigDict
 
 from runtime.errors import UserError
+from runtime.pickles import Machine, Stateful
 from sources import cache, published
 from sources.array_pictures import ArrayPictures
 from sources.base import Pictures, register_dataset
@@ -163,22 +163,21 @@ def _check(levels: _Levels, labels: _Labels) -> None:
       raise ValueError(f'it has a label {label}, not in 0 to {len(CLASS_NAMES) - 1}')
 
 
-# The Python archive holds pickles of Python 2, and a pickle is a program that may call any
-# function. What follows stands for the three names that those of CIFAR-10 use; others are refused.
+# The Python archive holds pickles of Python 2. What follows stands for the names that they use.
 
 
-class _NumberType:
+class _NumberType(Stateful):
   """Stands for `numpy.dtype`."""
 
-  def __init__(self, name: bytes | str, *_: Any):
-    if name not in (b'u1', 'u1'):
+  def __init__(self, name: str, *_: Any):
+    if name != 'u1':
       raise ValueError('it has numbers of a type other than uint8')
 
-  def __setstate__(self, state: Any) -> None:
+  def set_state(self, state: Any) -> None:
     """Ignores the byte order, which bytes do not have."""
 
 
-class _Array:
+class _Array(Stateful):
   """Stands for `numpy.core.multiarray._reconstruct`; the values arrive after it is made.
 
   Attributes:
@@ -188,32 +187,24 @@ class _Array:
   def __init__(self, *_: Any):
     self.levels = None
 
-  def __setstate__(self, state: Any) -> None:
+  def set_state(self, state: Any) -> None:
+    """Takes the shape and the values."""
     _, shape, _, fortran_order, content = state
     order = 'F' if fortran_order else 'C'
-    self.levels = np.frombuffer(content, np.uint8).reshape(shape, order=order)
+    self.levels = np.frombuffer(content.encode('latin-1'), np.uint8).reshape(shape, order=order)
 
 
-class _Unpickler(pickle.Unpickler):
-  """Reads a batch of the Python archive without running anything that it names."""
-
-  _ALLOWED: ClassVar = {
-    ('numpy', 'dtype'): _NumberType,
-    ('numpy', 'ndarray'): None,
-    ('numpy.core.multiarray', '_reconstruct'): _Array,
-    ('numpy._core.multiarray', '_reconstruct'): _Array,
-  }
-
-  def find_class(self, module: str, name: str) -> Any:
-    """What stands for a name in the pickle."""
-    if (module, name) not in self._ALLOWED:
-      raise ValueError(f'it asks for the Python object {module}.{name}'[:120])
-    return self._ALLOWED[module, name]
+_PICKLED = {
+  'numpy.dtype': _NumberType,
+  'numpy.ndarray': None,
+  'numpy.core.multiarray._reconstruct': _Array,
+  'numpy._core.multiarray._reconstruct': _Array,
+}
 
 
 def _decode_pickle(content: bytes) -> tuple[_Levels, _Labels]:
-  batch = _Unpickler(io.BytesIO(content), encoding='bytes').load()
-  levels, labels = batch[b'data'].levels, batch[b'labels']
+  batch = Machine(_PICKLED, len(content)).run(io.BytesIO(content))
+  levels, labels = batch['data'].levels, batch['labels']
   if not isinstance(labels, list) or not labels or not all(type(i) is int for i in labels):
     raise ValueError('its labels are not a list of whole numbers')
   if levels.ndim != 2 or levels.shape[1] != _RECORD - 1:

@@ -1,27 +1,39 @@
 """One category of LSUN, https://www.yf.io/p/lsun: an LMDB database of WebP pictures."""
 
 import calendar
+import errno
+import lzma
+import mmap
 import os
 import pathlib
+import re
 import shutil
-import threading
-import weakref
 import zipfile
 import zlib
-from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
 from runtime import reporting
 from runtime.errors import UserError
-from sources import cache, published
+from sources import cache, lmdb_file, published
 from sources.base import BadPicture, Pictures, register_dataset
 from sources.framing import Framing
-from sources.stores import File, FolderStore, PictureFiles, Store
+from sources.stores import MAX_BYTES, File, FolderStore, PictureFiles, Store
 
 # Published numbers are of the validation pictures: LSUN keeps its test pictures' categories secret.
 _SPLITS = {'train': 'train', 'test': 'val'}
 _BLOCK = 2**24  # bytes that are copied at a time
+# What zipfile raises for a damaged archive, besides the OSError of a place before its beginning.
+_DAMAGE = (
+  zipfile.BadZipFile,
+  zlib.error,
+  lzma.LZMAError,
+  EOFError,
+  NotImplementedError,
+  RuntimeError,
+  ValueError,
+  OverflowError,
+)
 
 
 @register_dataset(name='LSUN')
@@ -35,12 +47,17 @@ def lsun(config: ConfigDict, split: str, *, category: str = '') -> cache.CachedP
   folders `train` and `val`.
 
   Raises:
-    UserError: if `data.category` is empty.
+    UserError: if `data.category` is no name of a category.
   """
   if not category:
     raise UserError(
       "data.category='' is empty, but data.dataset='LSUN' needs a data.category: set it to one "
       "such as 'bedroom' or 'church_outdoor'."
+    )
+  if not re.fullmatch('[A-Za-z0-9_-]+', category):  # it is part of the paths of files
+    raise UserError(
+      f'data.category={category!r} is no name of a category: set it to one such as '
+      f"'bedroom' or 'church_outdoor'."
     )
   size = config.data.image_size
   # The paper's code shrinks before it crops at 128 pixels, and crops before it shrinks otherwise.
@@ -123,8 +140,13 @@ def extract(path: pathlib.Path, folder: pathlib.Path) -> None:
       # Extracted again, the file has the same time, and its cache is found.
       changed = calendar.timegm(info.date_time)
       os.utime(part / 'data.mdb', (changed, changed))
-  except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+  except UserError:
     shutil.rmtree(part, ignore_errors=True)
+    raise
+  except (*_DAMAGE, OSError) as error:
+    shutil.rmtree(part, ignore_errors=True)
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a full disk, and the like
+      raise
     raise UserError(
       f'{path} is truncated or damaged ({error}): remove it and download it again.'
     ) from error
@@ -136,49 +158,12 @@ class LmdbStore(Store):
 
   Args:
     path: the folder of `data.mdb`.
-
-  Raises:
-    UserError: if there is no such database, or it is truncated.
   """
 
   portable = True
-  # LMDB forbids a process to open a database twice.
-  _opened: ClassVar = weakref.WeakValueDictionary()
-  _lock = threading.Lock()
 
   def __init__(self, path: pathlib.Path):
-    self._path = path
-    self._data_base = self._open(path)
-
-  def __reduce__(self) -> Any:
-    return type(self), (self._path,)
-
-  @classmethod
-  def _open(cls, path: pathlib.Path) -> Any:
-    import lmdb  # only LSUN needs it
-
-    with cls._lock:
-      real = os.path.realpath(path)
-      if real in cls._opened:
-        return cls._opened[real]
-      try:
-        # Reading ahead would evict other files from memory: pictures are far apart.
-        opened = lmdb.open(real, readonly=True, lock=False, readahead=False, create=False)
-      except lmdb.Error as error:
-        raise UserError(
-          f'{path} is not an LMDB database, or is damaged ({error}): extract it again.'
-        ) from error
-      # The file is mapped into memory, and reading beyond its end would kill the process.
-      needed = (opened.info()['last_pgno'] + 1) * opened.stat()['psize']
-      size = (path / 'data.mdb').stat().st_size
-      if size < needed:
-        opened.close()
-        raise UserError(
-          f'{path / "data.mdb"} is truncated, since it has {size:,} of {needed:,} bytes: extract '
-          f'it again.'
-        )
-      cls._opened[real] = opened
-      return opened
+    self._path = path / 'data.mdb'
 
   @classmethod
   def recognises(cls, path: pathlib.Path) -> bool:
@@ -186,14 +171,41 @@ class LmdbStore(Store):
     return (path / 'data.mdb').is_file()
 
   def files(self) -> list[File]:
-    """See `Store`."""
-    with self._data_base.begin(buffers=True) as transaction:
-      return [File(bytes(key).decode('latin-1'), len(value)) for key, value in transaction.cursor()]
+    """See `Store`; the version of a file is where its bytes are.
+
+    Raises:
+      UserError: if the database is truncated or damaged.
+    """
+    path = self._path
+    try:
+      with (
+        path.open('rb') as opened,
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+      ):
+        return [
+          File(key.decode('latin-1'), length, position)
+          for key, position, length in lmdb_file.entries(mapped)
+        ]
+    except lmdb_file.TruncatedDatabase as error:
+      raise UserError(
+        f'{path} is truncated, since it has {path.stat().st_size:,} of {error} bytes: extract it '
+        f'again.'
+      ) from error
+    except (OSError, ValueError) as error:  # also of an empty file, which cannot be mapped
+      raise UserError(
+        f'{path.parent} is not an LMDB database, or is damaged ({error}): extract it again.'
+      ) from error
 
   def read(self, file: File) -> bytes:
     """The bytes of a picture."""
-    with self._data_base.begin() as transaction:
-      content = transaction.get(file.name.encode('latin-1'))
-    if content is None:
+    if file.size > MAX_BYTES:
+      raise BadPicture(f'more than {MAX_BYTES >> 20} MiB')
+    try:
+      with self._path.open('rb', buffering=0) as opened:
+        opened.seek(file.version)
+        content = opened.read(file.size)
+    except OSError as error:
+      raise BadPicture(error.strerror or type(error).__name__) from error
+    if len(content) < file.size:
       raise BadPicture('no longer in the database')
     return content

@@ -157,8 +157,9 @@ class _Arrow(_Table):
       reader = pyarrow.ipc.open_stream(mapped)
     table = reader.read_all()
     images, label, self.class_names = _columns(table.schema, path.name)
+    for column in filter(None, (images, label)):
+      table[column].validate(full=True)  # with a wrong offset, memory of others would be read
     self._images = table[images]
-    self._images.validate(full=True)  # with a wrong offset, memory of others would be read
     self.labels = _labels(table[label].to_pylist() if label else [None] * len(table))
 
   def read(self, row: int) -> bytes | None:
@@ -253,5 +254,5 @@ def _class_names(schema: Any, label: str | None) -> list[str]:
   try:
     about = json.loads((schema.metadata or {})[b'huggingface'])
     return [str(name) for name in about['info']['features'][label]['names']]
-  except (ValueError, TypeError, LookupError):
+  except (ValueError, TypeError, LookupError, RecursionError):
     return []

@@ -248,7 +248,9 @@ class ZipStore(Store):
     self._local = threading.local()  # a file for each thread: they seek
     try:
       with zipfile.ZipFile(path) as archive:
-        members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+        # Not `is_dir`, which fails where the name is empty.
+        infos = [info for info in archive.infolist() if not info.filename.endswith('/')]
+        members = {info.filename: info for info in infos}
     except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
       raise UserError(
         f'it is not a complete ZIP file ({error}): copy or download it again.'
@@ -297,7 +299,7 @@ class ZipStore(Store):
       content = file.read(info.compress_size)
       if info.compress_type == zipfile.ZIP_DEFLATED:
         content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, info.file_size)
-    except (OSError, struct.error, zlib.error) as error:
+    except (OSError, ValueError, OverflowError, struct.error, zlib.error) as error:
       raise BadPicture(f'damaged in the archive: {error}') from error
     if len(content) != info.file_size or zlib.crc32(content) != info.CRC:
       raise BadPicture('damaged in the archive: its checksum is another one')

@@ -144,7 +144,7 @@ class TFRecordSource(BatchReader):
       features = parse_example(memoryview(content))
       shape, data = features['shape'], features['data'][0]
       pixels = np.frombuffer(data, np.uint8).reshape(shape)
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
       raise UserError(
         f'Record {i} of {self.path} is not an image of the tools of StyleGAN ({error}): give one '
         f'of their files.'
@@ -239,13 +239,19 @@ def parse_example(content: memoryview) -> dict[str, list[Any]]:
   for number, entries in _fields(content):  # Example: features = 1
     for _, entry in _fields(entries) if number == 1 else ():  # Features: a map feature = 1
       pair = dict(_fields(entry))  # key = 1, value = 2
-      name = bytes(pair[1]).decode()
+      name = _bytes(pair[1]).decode()
       for kind, values in _fields(pair[2]):  # Feature: bytes_list = 1, int64_list = 3
         if kind == 1:
           features[name] = [value for _, value in _fields(values)]
         elif kind == 3:
           features[name] = [n for _, value in _fields(values) for n in _integers(value)]
   return features
+
+
+def _bytes(value: memoryview | int) -> bytes:
+  if isinstance(value, int):  # of which `bytes` would make so many zeros
+    raise ValueError('a number where bytes must be')
+  return bytes(value)
 
 
 def _fields(message: memoryview | int) -> Iterator[tuple[int, memoryview | int]]:

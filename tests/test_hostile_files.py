@@ -85,11 +85,11 @@ PROGRAMS = {
   ),
   'many tensors of one storage': (
     b'](' + TENSOR * 100 + b'e.',
-    'has tensors that together are over 4 times as large as it is',
+    'has arrays that together are over 4 times as large as it is',
   ),
   'one tensor many times': (
     TENSOR + put(0) + b'](' + get(0) * 1000 + b'e.',
-    'has tensors that together are over 4 times as large as it is',
+    'has arrays that together are over 4 times as large as it is',
   ),
 }
 

@@ -1,0 +1,134 @@
+"""Files that a fuzzer found or that were made by hand: each is read or refused by the rules."""
+
+import io
+import json
+import os
+import pathlib
+import tarfile
+import zipfile
+
+import pytest
+
+import score_sde
+from faults import targets
+from runtime.errors import UserError
+from sources import lsun, published, stores
+from sources.base import DATASETS
+from tests import published_files as files
+from tests import tiny_config
+
+FILES = sorted(targets.CORPUS.glob('*/*'))
+
+
+def test_corpus_is_small_and_has_a_file_that_each_target_reads(tmp_path):
+  assert sum(path.stat().st_size for path in FILES) < 100_000
+  assert {path.parent.name for path in FILES} == targets.TARGETS.keys()
+
+
+@pytest.mark.parametrize('target', targets.TARGETS)
+def test_files_are_read_or_refused_by_the_rules(target, tmp_path):
+  found = {}
+  for path in FILES:
+    if path.parent.name == target:
+      found[path.name] = targets.check(target, path.read_bytes(), tmp_path / 'file')
+  forms = len(targets.TARGETS[target].forms)
+  read = {name for name, refusals in found.items() if len(refusals) < forms}
+  assert read or target == 'torch'  # which has no checkpoint of so small a network
+  assert not list(tmp_path.iterdir())
+
+
+# Names in files never lead out of a folder.
+
+PNG = targets.png()
+OUTSIDE = ('../escaped.png', '/tmp/escaped.png', 'a/../../escaped.png', 'C:\\escaped.png', '..')
+
+
+@pytest.fixture
+def watched(tmp_path):
+  """A folder, beside which nothing may appear."""
+  (tmp_path / 'secret.png').write_bytes(PNG)
+  folder = tmp_path / 'inside'
+  folder.mkdir()
+  yield folder
+  assert {path.name for path in tmp_path.iterdir()} == {'secret.png', 'inside'}
+  assert not pathlib.Path('/tmp/escaped.png').exists()
+
+
+def build(folder, dataset, split='train', **settings):
+  config = files.data_config(folder, dataset, 8, num_workers=1, **settings)
+  return DATASETS.build(dataset, config.data, config, split)
+
+
+def test_members_of_a_picture_archive_are_only_names(watched):
+  with zipfile.ZipFile(watched / 'a.zip', 'w') as archive:
+    for name in OUTSIDE:
+      archive.writestr(name, PNG)
+    link = zipfile.ZipInfo('link.png')
+    link.external_attr = 0o120777 << 16
+    archive.writestr(link, '../secret.png')
+    labels = [[name, 0] for name in (*OUTSIDE, 'link.png', '../secret.png')]
+    archive.writestr('dataset.json', json.dumps({'labels': labels}))
+  store = stores.open_store(watched / 'a.zip')
+  assert store.read(stores.File('link.png')) == b'../secret.png'  # no link
+  source = build(watched, 'ImageFolder', path=str(watched / 'a.zip'), max_bad=9)
+  assert len(source) > 0
+
+
+def test_labels_name_no_file_outside_of_the_folder(watched):
+  (watched / 'a.png').write_bytes(PNG)
+  labels = [['a.png', 0], ['../secret.png', 1], ['/etc/passwd', 2]]
+  (watched / 'dataset.json').write_text(json.dumps({'labels': labels}))
+  assert [file.name for file in stores.FolderStore(watched).files()] == ['a.png']
+
+
+def test_members_and_links_of_a_tar_archive_write_nothing_and_are_not_followed(
+  watched, monkeypatch
+):
+  path = watched / 'cifar-10-binary.tar.gz'
+  with tarfile.open(path, 'w:gz') as archive:
+    for name in ('../../escaped', '/tmp/escaped.png'):
+      archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+      link = tarfile.TarInfo('cifar-10-batches-bin/test_batch.bin')
+      link.type, link.linkname = kind, str(watched.parent / 'secret.png')
+      archive.addfile(link)
+  files.publish(monkeypatch, path)
+  with pytest.raises(UserError, match='has no file test_batch.bin'):
+    build(watched, 'CIFAR10', 'test')
+
+
+def test_extraction_of_lsun_writes_the_database_only(watched):
+  name = 'church_outdoor_val_lmdb'
+  with zipfile.ZipFile(watched / f'{name}.zip', 'w') as archive:
+    for other in (*OUTSIDE, f'{name}/../../escaped', f'{name}/lock.mdb'):
+      archive.writestr(other, b'1')
+    archive.writestr(f'{name}/data.mdb', b'2')
+  lsun.extract(watched / f'{name}.zip', watched / 'cache' / name)
+  found = {str(path.relative_to(watched)) for path in watched.rglob('*') if path.is_file()}
+  assert found == {f'{name}.zip', f'cache/{name}/data.mdb'}
+
+
+@pytest.mark.parametrize('category', ['../../escaped', '/tmp/escaped', 'a/b', '..', 'a\0b', 'a\n'])
+def test_category_that_is_a_path_is_refused(category, watched):
+  with pytest.raises(UserError, match='is no name of a category') as error:
+    build(watched, 'LSUN', category=category)
+  assert '\n' not in str(error.value)
+
+
+def test_recorded_paths_are_not_opened_when_a_run_is(watched):
+  config = score_sde.load_config(tiny_config.get_config())
+  with config.unlocked():
+    config.data.path = '../secret.png'
+    config.data.cache_dir = '../escaped'
+    config.eval.stats_path = '../../escaped.npz'
+  (watched / 'config.json').write_text(config.to_json())
+  before = os.stat(watched.parent / 'secret.png')
+  assert score_sde.load_config(watched).data.path == '../secret.png'
+  with pytest.raises(UserError, match='holds no checkpoint'):
+    score_sde.load(watched)
+  after = os.stat(watched.parent / 'secret.png')
+  assert (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size)
+
+
+def test_published_names_are_plain():
+  assert all(pathlib.PurePath(name).name == name for name in published.FILES)
