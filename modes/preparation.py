@@ -5,6 +5,7 @@ build what the mode will use, without computing anything.
 """
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,8 +142,11 @@ def _building(what: str) -> Iterator[None]:
     raise
   except (TypeError, ValueError, ArithmeticError, LookupError) as error:
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if 'site-packages' not in frame.filename][-1]
     raise UserError(
-      f'{what} cannot be built as configured ({reason}): correct its settings.'
+      f'{what} cannot be built as configured ({reason}; {ours.filename}, line {ours.lineno}): '
+      f'correct its settings.'
     ) from error
 
 
