@@ -140,7 +140,7 @@ def _building(what: str) -> Iterator[None]:
     yield
   except UserError:
     raise
-  except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+  except (TypeError, ValueError, ZeroDivisionError, OverflowError, LookupError) as error:
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if 'site-packages' not in frame.filename][-1]
