@@ -107,9 +107,12 @@ def train_loop(
     log = StepLog(metrics, last, training.batch_size, saved=step)
     if _is_snapshot(step, last, training.snapshot_freq):
       # If the process was killed after the checkpoint, before these.
-      at_snapshot(state, metrics)
+      drawn = at_snapshot(state, metrics)
       if step not in run.latest.numbers():
         run.latest.save(step, step, state)
+      if not drawn:  # else the next start would be beyond this step
+        _log_stop(step)
+        return None
     guard = Guard(skips=training.on_nonfinite == 'skip', most=training.max_skipped_steps)
     unchecked = []
 
@@ -155,12 +158,16 @@ def train_loop(
         run.latest.save(step, step, state)
         log.saved = step
       if stop:
-        logging.info('Stopped by a signal at step %d and saved. %s', step, to_resume())
+        _log_stop(step)
         return None
       if interrupted:
         log.pace.resume(step)
   logging.info('Training is complete at step %d.', step)
   return state
+
+
+def _log_stop(step: int) -> None:
+  logging.info('Stopped by a signal at step %d and saved. %s', step, to_resume())
 
 
 class StepLog:

@@ -48,8 +48,8 @@ def check_sentence(error):
   assert len(str(error)) < 2000
 
 
-@register_dataset(name='Noise')
-def noise(config, split):
+@register_dataset(name='TwentyPictures')
+def twenty_pictures(config, split):
   """Twenty pictures."""
   size, channels = config.data.image_size, config.data.num_channels
   rng = np.random.default_rng(len(split))
@@ -59,7 +59,7 @@ def noise(config, split):
 
 def small_config(changes=()):
   config = tiny_config.get_config()
-  config.data.dataset = 'Noise'
+  config.data.dataset = 'TwentyPictures'
   config.data.image_size = 8
   config.model.num_scales = 3
   config.eval.sigma_max_images = 0

@@ -16,6 +16,7 @@ import sde_lib
 import train_state
 from faults.kills import digest
 from modes import train as train_mode
+from modes import training_loop
 from runtime import checkpoints, parallelism
 from runtime.checkpoints import CheckpointDirectory
 from runtime.errors import Exit
@@ -114,7 +115,9 @@ def test_damaged_newest_checkpoint_falls_back_and_ends_in_the_same_bits(uninterr
   'number', [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
 )
 def test_a_signal_saves_and_exits_cleanly_and_the_run_continues(number, uninterrupted, tmp_path):
+  before = signal.signal(number, signal.SIG_DFL)  # nohup, under which it is ignored, is inherited
   process = start(tmp_path)
+  signal.signal(number, before)
   metrics = tmp_path / 'metrics.jsonl'
   wait_for(lambda: metrics.exists() and '"step": 7' in metrics.read_text(), process)
   process.send_signal(number)
@@ -123,6 +126,23 @@ def test_a_signal_saves_and_exits_cleanly_and_the_run_continues(number, uninterr
   assert f'and saved. To resume, run: {shlex.join(command(tmp_path))}\n' in output
   run(tmp_path)
   assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_signal_while_samples_are_drawn_anew_takes_no_step_without_them(uninterrupted, tmp_path):
+  training = tiny_config.get_config().training
+  training.n_iters = 60
+  with training_loop.open_run(tmp_path) as run_:
+    stopped = training_loop.train_loop(
+      training,
+      run_,
+      final_state(uninterrupted),
+      batches=iter([]),  # from which no step could be taken
+      train_step=None,
+      evaluate=None,
+      at_snapshot=lambda state, metrics: False,
+    )
+  assert stopped is None
+  assert CheckpointDirectory(tmp_path / 'checkpoints-meta').numbers() == [40]
 
 
 @pytest.mark.slow
