@@ -137,8 +137,8 @@ def test_a_signal_while_samples_are_drawn_anew_takes_no_step_without_them(uninte
       run_,
       final_state(uninterrupted),
       batches=iter([]),  # from which no step could be taken
-      train_step=None,
-      evaluate=None,
+      train_step=pytest.fail,
+      evaluate=pytest.fail,
       at_snapshot=lambda state, metrics: False,
     )
   assert stopped is None
