@@ -216,11 +216,11 @@ def check_export(
   if dtype not in ('float32', 'float16'):
     raise UserError(f'Unknown --dtype={dtype}: choose float32 or float16.')
   check_weights(config, workdir, number)
-  path = pathlib.Path(checkpoint or '').expanduser()
-  if path.is_file() and read_config(path) == json.loads(_recorded(config)):
-    return  # perhaps the same export: a command that was killed at its end may be run again
   if checkpoint:
-    _check_absent(path)
+    path = pathlib.Path(checkpoint).expanduser()
+    # The same export may be there: a command that was killed at its end may be run again.
+    if not path.is_file() or read_config(path) != json.loads(_recorded(config)):
+      _check_absent(path)
 
 
 def _recorded(config: ConfigDict) -> str:
