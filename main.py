@@ -142,12 +142,19 @@ def _complete(wanted: str, path: str, argument: str) -> None:
 
 
 def _given(arguments: list[str]) -> dict[str, str]:
-  """The flags of a command line by name, written as `--a=b`, `-a=b` or `--a b`."""
+  """The flags of a command line by name, written as `--a=b`, `-a=b` or `--a b`.
+
+  Raises:
+    flags.Error: if it names two configurations.
+  """
   given = {}
   for argument, following in zip(arguments, [*arguments[1:], ''], strict=True):
     name, equals, value = argument.lstrip('-').partition('=')
     if argument.startswith('-'):
-      given[name] = value if equals else following
+      value = value if equals else following
+      if name == 'config' and name in given:
+        raise flags.Error(f'--config is given twice, as {given[name]} and {value}: name one file.')
+      given[name] = value
   return given
 
 

@@ -19,9 +19,10 @@ import traceback
 
 import atheris
 
-# Coverage of these is followed; JAX would only slow it down.
+# Coverage of these is followed, and of parsers of others; JAX would only slow it down.
 _OURS = ['evaluation', 'formats', 'models.classifier', 'modes', 'report', 'runtime', 'score_sde']
-with atheris.instrument_imports(include=[*_OURS, 'sources', 'flax.serialization', 'pickletools']):
+_OTHERS = ['flax.serialization', 'pickletools', 'scipy.io.matlab', 'tarfile', 'zipfile']
+with atheris.instrument_imports(include=[*_OURS, 'sources', *_OTHERS]):
   from faults import targets
 
 

@@ -122,6 +122,15 @@ def digest(folder: pathlib.Path) -> dict[str, str]:
   return {str(path.relative_to(folder)): checksum for path, checksum in _entries(folder)}
 
 
+def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
+  """Each file in which two results of `digest` differ, and whether it is lost, new or changed."""
+  return [
+    f'{path} is {"lost" if path not in found else "new" if path not in expected else "changed"}'
+    for path in sorted(expected.keys() | found.keys())
+    if expected.get(path) != found.get(path)
+  ]
+
+
 def _entries(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
   newest = max(map(_number, folder.iterdir()), default=0) if folder.name == _LATEST else 0
   for path in sorted(folder.iterdir()):
@@ -185,13 +194,10 @@ class Soak:
       folder = self._fresh(name)
       count = self._run_until_done(name, folder)
       done += count
-      found = digest(folder)
-      differing = sorted(
-        path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path)
-      )
+      differing = differences(expected, digest(folder))
       self._note(name, 'completed', kills=count, differing=differing)
       if differing:
-        self.problems.append(f'{name}: {differing} differ after {count} kills')
+        self.problems.append(f'{name}: after {count} kills {differing}')
       shutil.rmtree(folder)
 
   def undisturbed(self, name: str) -> pathlib.Path:

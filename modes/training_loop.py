@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from modes.divergence import Guard, raise_if_nonfinite
 from runtime import checkpoints, parallelism, reporting
 from runtime.checkpoints import CheckpointDirectory
+from runtime.peers import Stragglers
 from runtime.preemption import Preemption, to_resume
 from runtime.progress import Pace, duration, memory
 from train_state import State
@@ -114,6 +115,7 @@ def train_loop(
         _log_stop(step)
         return None
     guard = Guard(skips=training.on_nonfinite == 'skip', most=training.max_skipped_steps)
+    stragglers = Stragglers()
     unchecked = []
 
     def fetch() -> None:
@@ -132,7 +134,8 @@ def train_loop(
     if step < last:
       logging.info('Compiling the training step, which takes a while.')
     while step < last:
-      group = [next(batches) for _ in range(training.n_jitted_steps)]
+      with stragglers.waiting():
+        group = [next(batches) for _ in range(training.n_jitted_steps)]
       state, numbers = train_step(state, group)
       if step % training.log_freq == 0 and not on_cpu:
         fetch()  # while an accelerator is busy with the steps that were just started
@@ -144,6 +147,8 @@ def train_loop(
       snapshot_due = _is_snapshot(step, last, training.snapshot_freq)
       save_due = snapshot_due or step % training.snapshot_freq_for_preemption == 0
       stop = run.preemption.requested(step % training.log_freq == 0)
+      if step % training.log_freq == 0:
+        stragglers.compare()
       evaluation_due = step % training.eval_freq == 0
       log_due = on_cpu and step % training.log_freq == 0
       if log_due or save_due or evaluation_due or stop or step == last:

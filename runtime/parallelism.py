@@ -216,6 +216,13 @@ def differing(facts: Mapping[str, Any]) -> dict[str, list[int]]:
   return {name: processes for name, processes in others.items() if processes}
 
 
+def gather(numbers: Sequence[float]) -> Shaped[np.ndarray, 'P n']:
+  """The numbers of each process as float32, a row for each; all processes must call this."""
+  return multihost_utils.process_allgather(np.asarray(numbers, np.float32), tiled=False).reshape(
+    jax.process_count(), -1
+  )
+
+
 def from_first_process(value: int) -> int:
   """The value that the first process passes; all processes must call this."""
   if jax.process_count() == 1:

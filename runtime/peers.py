@@ -13,8 +13,11 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+import jax
+import numpy as np
 from absl import logging
 
 from runtime import parallelism
@@ -27,6 +30,9 @@ _CONNECT_SECONDS = 60.0
 _WAIT_SECONDS = 1.0
 # How long one that has failed lets the others report the same error, before they lose it.
 _REPORT_SECONDS = 3.0
+# Over how long the waits of processes are compared, and which share of it is worth a warning.
+_WINDOW_SECONDS = 10.0
+_SLOW_SHARE = 0.2
 
 
 class Peers:
@@ -91,7 +97,7 @@ class Peers:
         if b'l' in message:  # it has left: its work is done
           selector.unregister(key.fileobj)
           self._sockets.pop(peer).close()
-        elif b'x' in message:  # the first process has lost another one
+        elif b'x' in message:  # the others stop because of a process, perhaps this one
           self._end(int(message[message.index(b'x') + 1 :].split(b';')[0]), 'is gone')
         elif not message:
           self._end(peer, 'is gone')
@@ -115,12 +121,18 @@ class Peers:
     # The threads of JAX, which notice too, may be in the middle of a line: they write no more.
     stderr = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    sentence = (
-      f'LostProcess: process {peer} of this run {what}, so process {self._index} stops: see the '
-      f'output of that process for the reason, then rerun the same commands, which resume from the '
-      f'last checkpoint.'
-    )
-    os.write(stderr, f'\n{sentence}\n'.encode())
+    if peer == self._index:
+      reason = (
+        f'the other processes of this run have stopped, because process {peer} was silent for '
+        f'{_SILENCE_SECONDS:.0f} s: see what stopped it or its machine'
+      )
+    else:
+      reason = (
+        f'process {peer} of this run {what}, so process {self._index} stops: see the output of '
+        f'that process for the reason'
+      )
+    command = 'then rerun the same commands, which resume from the last checkpoint.'
+    os.write(stderr, f'\nLostProcess: {reason}, {command}\n'.encode())
     os._exit(Exit.LOST_PROCESS)  # whatever threads still wait for that process
 
   def leave(self) -> None:
@@ -143,3 +155,47 @@ class Peers:
     # The others may be about to report the same error. JAX aborts them when the first one is gone.
     time.sleep(_REPORT_SECONDS + (_WAIT_SECONDS if self._index == 0 else 0))
     os._exit(status)
+
+
+class Stragglers:
+  """Warns once of each process that all others wait for, because its data come late.
+
+  A step needs the batches of all processes: the slowest disk sets the speed of all.
+
+  Args:
+    clock: the time in seconds.
+  """
+
+  def __init__(self, clock: Callable[[], float] = time.monotonic):
+    self._clock = clock
+    self._named: set[int] = set()
+    self._start, self._waited = clock(), 0.0
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """What runs in this context waits for the data of this process."""
+    start = self._clock()
+    yield
+    self._waited += self._clock() - start
+
+  def compare(self) -> None:
+    """Compares the processes; all of them must call this at the same steps."""
+    if jax.process_count() == 1:
+      return
+    waits, times = parallelism.gather([self._waited, self._clock() - self._start]).T
+    if times[0] < _WINDOW_SECONDS:
+      return
+    self._start, self._waited = self._clock(), 0.0
+    shares = waits / times
+    slowest = int(np.argmax(shares))
+    others = float(np.median(np.delete(shares, slowest)))
+    if shares[slowest] > max(_SLOW_SHARE, 2 * others) and slowest not in self._named:
+      self._named.add(slowest)
+      logging.warning(
+        'Process %d waits for its data %.0f %% of the time, the others %.0f %%, and all wait for '
+        'it: look at its disk and at what else runs on its machine, raise data.num_workers, or '
+        'move its data to a faster disk.',
+        slowest,
+        100 * shares[slowest],
+        100 * others,
+      )

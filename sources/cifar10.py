@@ -115,7 +115,7 @@ def _read_members(path: pathlib.Path, names: list[str]) -> dict[str, bytes]:
   with tarfile.open(path) as archive:
     for member in archive:
       name = pathlib.PurePosixPath(member.name).name
-      if name in names and member.isfile():
+      if name in names and member.isfile() and not member.issparse():  # which may have any size
         contents[name] = archive.extractfile(member).read()
   return contents
 

@@ -14,12 +14,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = 'tests/tiny_config.py'
 
 
-def command(workdir, *overrides, mode='train'):
+def command(workdir, *overrides, mode='train', config=CONFIG):
   return [
     sys.executable,
     'main.py',
     f'--mode={mode}',
-    f'--config={CONFIG}',
+    f'--config={config}',
     f'--workdir={workdir}',
     *overrides,
   ]
@@ -34,9 +34,9 @@ def environment(devices=1):
   }
 
 
-def start(workdir, *overrides, devices=1, mode='train'):
+def start(workdir, *overrides, devices=1, **kwargs):
   return subprocess.Popen(
-    command(workdir, *overrides, mode=mode),
+    command(workdir, *overrides, **kwargs),
     cwd=ROOT,
     env=environment(devices),
     stdout=subprocess.PIPE,

@@ -55,6 +55,10 @@ MISTAKES = {
     '--config.seed.x: config.seed is a value, not a section',
   ),
   'a configuration that does not exist': (['--config', 'nothing.py'], 'nothing.py does not exist'),
+  'two configurations': (
+    [f'--config={LIGHT}', '--config', 'configs/vp/cifar10_ddpmpp.py', '--config.seed=3'],
+    f'--config is given twice, as {LIGHT} and configs/vp/cifar10_ddpmpp.py: name one file.',
+  ),
   'a configuration without its argument': (
     ['--config=tests/argument_config.py'],
     "missing 1 required positional argument: 'which'; write tests/argument_config.py:argument",

@@ -146,6 +146,61 @@ def test_a_killed_process_ends_the_other_with_a_sentence_and_both_resume(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('stopped', [0, 1])
+def test_a_stopped_process_is_named_by_the_other_within_a_minute_and_both_resume(
+  one_device, tmp_path, stopped
+):
+  group = start_together(tmp_path, *WIDE, devices=2)
+  other = group[1 - stopped]
+  try:
+    log = tmp_path / 'metrics.jsonl'
+    wait_for(lambda: log.exists() and '"step": 8' in log.read_text(), group[0])
+    group[stopped].send_signal(signal.SIGSTOP)
+    output, _ = other.communicate(timeout=60)
+    assert other.returncode == Exit.LOST_PROCESS
+    assert output.splitlines()[-1].startswith(
+      f'LostProcess: process {stopped} of this run has been silent for 40 s, so '
+    )
+    assert 'Traceback' not in output
+    group[stopped].send_signal(signal.SIGCONT)  # it must not go on alone
+    output, _ = group[stopped].communicate(timeout=30)
+    assert group[stopped].returncode == Exit.LOST_PROCESS
+    assert output.splitlines()[-1].startswith(
+      f'LostProcess: the other processes of this run have stopped, because process {stopped} was '
+      f'silent for 40 s: '
+    )
+  finally:
+    for process in group:
+      process.kill()
+  finish_together(start_together(tmp_path, *WIDE, devices=2))
+  assert_same(tmp_path, one_device)
+
+
+@pytest.mark.slow
+def test_a_process_whose_data_come_late_is_named_by_all(tmp_path):
+  group = start_together(
+    tmp_path,
+    '--config.training.n_iters=10000',
+    own=((), ('--config.data.path=0.02',)),
+    config='tests/slow_data_config.py',
+  )
+  named = re.compile(r'Process 1 waits for its data \d+ % of the time, the others \d+ %, and all ')
+  try:
+    outputs = [[], []]
+    for process, lines in zip(group, outputs, strict=True):
+      for line in process.stdout:
+        lines.append(line)
+        if named.search(line):
+          break
+    group[0].send_signal(signal.SIGTERM)
+    finish_together(group)
+  finally:
+    for process in group:
+      process.kill()
+  assert all(named.search(lines[-1]) for lines in outputs), outputs
+
+
+@pytest.mark.slow
 def test_a_signal_to_any_process_stops_all_at_the_same_step_with_a_checkpoint(tmp_path):
   group = start_together(tmp_path, '--config.training.n_iters=10000')
   log = tmp_path / 'metrics.jsonl'

@@ -97,6 +97,19 @@ def test_members_and_links_of_a_tar_archive_write_nothing_and_are_not_followed(
     build(watched, 'CIFAR10', 'test')
 
 
+def test_a_sparse_member_which_may_have_any_size_is_not_read(watched, monkeypatch):
+  path = watched / 'cifar-10-binary.tar.gz'
+  with tarfile.open(path, 'w:gz', format=tarfile.PAX_FORMAT) as archive:
+    member = tarfile.TarInfo('cifar-10-batches-bin/test_batch.bin')
+    member.pax_headers = {'GNU.sparse.size': str(2**45), 'GNU.sparse.map': '0,0'}
+    archive.addfile(member, io.BytesIO())
+  with tarfile.open(path) as archive:
+    assert archive.next().size == 2**45
+  files.publish(monkeypatch, path)
+  with pytest.raises(UserError, match='has no file test_batch.bin'):
+    build(watched, 'CIFAR10', 'test')
+
+
 def test_extraction_of_lsun_writes_the_database_only(watched):
   name = 'church_outdoor_val_lmdb'
   with zipfile.ZipFile(watched / f'{name}.zip', 'w') as archive:

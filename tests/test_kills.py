@@ -36,8 +36,9 @@ def test_a_difference_of_one_bit_a_lost_file_and_an_orphan_are_found(tmp_path):
   orphan = tmp_path / 'checkpoints' / 'checkpoint_2.orbax-checkpoint-tmp' / 'data'
   orphan.touch()
   after = kills.digest(tmp_path)
-  assert {path for path in after if after[path] != before.get(path)} == {
-    'checkpoints/checkpoint_1',
-    'checkpoints/checkpoint_2.orbax-checkpoint-tmp/data',
-    'metrics.jsonl',
-  }
+  assert kills.differences(before | {'report.json': ''}, after) == [
+    'checkpoints/checkpoint_1 is changed',
+    'checkpoints/checkpoint_2.orbax-checkpoint-tmp/data is new',
+    'metrics.jsonl is changed',
+    'report.json is lost',
+  ]
