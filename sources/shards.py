@@ -105,7 +105,10 @@ def working(maker: ShardMaker, workers: int) -> Iterator[Callable[[range], Itera
       workers, timeout=_IDLE, initializer=_start, initargs=(maker,)
     ) as pool:
       try:
-        yield functools.partial(pool.map, _make)
+        # Not `map`: it would cancel the rest of the tasks on failure, which breaks the shutdown.
+        yield lambda numbers: (
+          future.result() for future in [pool.submit(_make, i) for i in numbers]
+        )
       except BaseException:
         pool.shutdown(kill_workers=True)
         raise

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 
 import numpy as np
@@ -20,7 +21,9 @@ import datasets
 from configs.vp import pictures_ddpmpp_continuous
 from modes.preparation import prepare
 from runtime.errors import UserError
-from sources import cache
+from sources import cache, shards
+from sources.array_pictures import ArrayPictures
+from sources.framing import Framing
 from tests.processes import ROOT
 
 COUNT = 40
@@ -393,6 +396,35 @@ def test_processes_give_the_cache_of_threads(kind, config, tmp_path, monkeypatch
     (path / 'cat' / 'bad.png').write_bytes(b'a text')
     with pytest.raises(UserError, match='more than data.max_bad=0'):
       sources_of(config, path, max_bad=0)
+
+
+class SlowPictures(ArrayPictures):
+  """Pictures that processes read slowly enough for some to be left when one fails."""
+
+  portable = True
+
+  def read(self, i):
+    time.sleep(0.02)
+    return super().read(i)
+
+
+def test_a_failure_while_processes_work_logs_no_traceback(tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr('sources.shards.MANY', 1)
+  found = SlowPictures(np.zeros((40, 4, 4, 1), np.uint8), np.zeros(40, np.int64), key='slow')
+
+  def fail_at(number, folder):
+    folder.mkdir()
+    maker = shards.ShardMaker(folder, found, Framing(4, min_side=4), count=40, step=1)
+    with shards.working(maker, 2) as make:
+      for i, shard in enumerate(make(range(40))):
+        assert shard.shapes == [(4, 4)]
+        if i == number:
+          raise KeyError
+
+  for number in range(4):
+    with pytest.raises(KeyError):
+      fail_at(number, tmp_path / str(number))
+  assert not caplog.records
 
 
 def test_file_system_without_locks_is_a_warning(config, tmp_path, monkeypatch, caplog):
