@@ -37,6 +37,7 @@ _SECONDS_TO_END = 60.0
 _LATEST = 'checkpoints-meta'
 _UNCOMPARED = ('stdout.txt', '.lock', 'start.json')
 _MEASURED = ('images_per_second', 'memory', 'seconds')
+_TIME = re.compile(rb'\d{4}-\d\d-\d\d \d\d:\d\d')  # at which a page was written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,8 @@ TASKS = {
       '--config.eval.num_samples=256',
     ),
   ),
+  'report': Task('report', 'train'),
+  'inspect_data': Task('inspect_data'),
   'export': Task('export', 'train', ('--checkpoint={folder}/weights.safetensors',)),
   'import': Task(
     'import',
@@ -148,7 +151,10 @@ def _entries(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
       kept = [_without_measured(content) for content in objects]
       yield path, hashlib.sha256(json.dumps(kept).encode()).hexdigest()
     else:
-      yield path, hashlib.sha256(path.read_bytes()).hexdigest()
+      content = path.read_bytes()
+      if path.suffix == '.html':  # a report, which names its folder and the time
+        content = _TIME.sub(b'', content).replace(folder.name.encode(), b'')
+      yield path, hashlib.sha256(content).hexdigest()
 
 
 def _number(path: pathlib.Path) -> int:
