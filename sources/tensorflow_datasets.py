@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex
 
@@ -16,6 +17,10 @@ from runtime.errors import UserError
 from sources import cache
 from sources.base import BadPicture, Example, Source, register_dataset
 from sources.framing import Framing
+
+# What features of a prepared data set are classes of, and the keys that name these classes.
+_FEATURES = 'tensorflow_datasets.core.features.'
+_CLASS_KEYS = ('pythonClassName', 'python_class_name', 'type')
 
 Transform = Callable[[Shaped[np.ndarray, 'H W C']], UInt8[np.ndarray, 'size size C']]
 
@@ -73,6 +78,7 @@ def _open(name: str, split: str, data_dir: str | pathlib.Path | None) -> tuple[A
   import tensorflow_datasets as tfds
 
   where = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+  _refuse_foreign_classes(pathlib.Path(where).expanduser() / re.split('[/:]', name)[0])
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
     return builder, builder.as_data_source(split)
@@ -83,6 +89,32 @@ def _open(name: str, split: str, data_dir: str | pathlib.Path | None) -> tuple[A
       f'{name} --file_format=array_record` on a machine with TensorFlow and copy the result to '
       f'this folder, or set data.path to the folder that has it.'
     ) from error
+
+
+def _refuse_foreign_classes(folder: pathlib.Path) -> None:
+  """TensorFlow Datasets would import whatever module the files of a data set name.
+
+  Raises:
+    UserError: if one names a class that is not of TensorFlow Datasets itself.
+  """
+
+  def check(pairs: list[tuple[str, Any]]) -> None:
+    for key, value in pairs:
+      if not isinstance(value, str):
+        continue
+      if value.lstrip().startswith('{'):  # JSON within JSON
+        json.loads(value, object_pairs_hook=check)
+      elif key in _CLASS_KEYS and '.' in value and not value.startswith(_FEATURES):
+        raise UserError(
+          f'{path} names {value!r}, code that TensorFlow Datasets would import; nothing was run: '
+          f'use a data set whose features are classes of {_FEATURES[:-1]}.'
+        )
+
+  for path in folder.rglob('features.json'):
+    try:
+      json.loads(path.read_text(encoding='utf-8'), object_pairs_hook=check)
+    except (OSError, ValueError, RecursionError) as error:
+      raise UserError(f'{path} cannot be read ({error}): copy the data set again.') from error
 
 
 @register_dataset(name='TFDS')

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -435,6 +436,38 @@ def test_tensorflow_datasets_are_read_without_tensorflow(stripes, tmp_path):
   with pytest.raises(UserError, match="The split 'test' of 'stripes' is not prepared in"):
     build(config, 'test')
   assert 'tensorflow' not in sys.modules
+
+
+def legacy(features):
+  return {'type': features['pythonClassName'], 'content': {}}
+
+
+def nested(features):
+  inner = json.dumps({'image': {'type': features['pythonClassName'], 'content': {}}})
+  return {'pythonClassName': f'{FEATURES}.features_dict.FeaturesDict', 'json': {'json': inner}}
+
+
+FEATURES = 'tensorflow_datasets.core.features'
+
+
+@pytest.mark.parametrize('write', [lambda features: features, legacy, nested])
+def test_prepared_data_that_name_a_module_do_not_have_it_imported(
+  write, stripes, tmp_path, monkeypatch
+):
+  stripes.download_and_prepare()
+  (tmp_path / 'modules').mkdir()
+  (tmp_path / 'modules' / 'hostile.py').write_text(f'open({str(tmp_path / "run")!r}, "w")')
+  monkeypatch.syspath_prepend(tmp_path / 'modules')
+  path = tmp_path / 'stripes' / '1.0.0' / 'features.json'
+  features = json.loads(path.read_text())
+  path.write_text(json.dumps(write(features | {'pythonClassName': 'hostile.Image'})))
+  config = files.data_config(tmp_path, 'TFDS', 32, builder='stripes')
+  with pytest.raises(UserError, match="names 'hostile.Image', code that TensorFlow Datasets would"):
+    build(config, 'train')
+  assert not (tmp_path / 'run').exists()
+  path.write_text('{')
+  with pytest.raises(UserError, match='features.json cannot be read .*: copy the data set again'):
+    build(config, 'train')
 
 
 @pytest.mark.parametrize('builder', ['stripes', 'no_such_builder'])
