@@ -248,6 +248,7 @@ class Soak:
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
+      start_new_session=True,  # so that the processes that it starts can be found
     )
 
   def _run_until_done(self, name: str, folder: pathlib.Path) -> int:
@@ -266,12 +267,13 @@ class Soak:
           self.problems.append(f'{name}: exit status {process.returncode}\n{output}')
         return kills
       start = time.monotonic()
-      try:
+      try:  # until the processes that it started have ended too
         output, _ = process.communicate(timeout=_SECONDS_TO_END)
       except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        self.problems.append(f'{name}: runs {_SECONDS_TO_END:.0f} s after SIGTERM\n{output}')
+        sent = signal.Signals(number).name
+        self.problems.append(f'{name}: runs {_SECONDS_TO_END:.0f} s after {sent}\n{output}')
       seconds = time.monotonic() - start
       self._note(name, signal.Signals(number).name, seconds=seconds, status=process.returncode)
       # A training that has saved ends with 0; any mode may also end just before the signal comes.

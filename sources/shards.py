@@ -9,11 +9,18 @@ import dataclasses
 import functools
 import hashlib
 import json
+import multiprocessing
+import multiprocessing.connection
+import os
 import pathlib
+import pickle
+import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import cloudpickle
 import crc32c
 import loky
 import numpy as np
@@ -24,7 +31,6 @@ from sources.base import BadPicture, Pictures
 from sources.framing import Framing
 
 MANY = 2000  # pictures, from which on the start of processes pays
-_IDLE = 10  # seconds after which an idle process ends, as when the one that started it was killed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +107,16 @@ class ShardMaker:
 def working(maker: ShardMaker, workers: int) -> Iterator[Callable[[range], Iterator[Shard]]]:
   """Starts workers; yields a function that maps the numbers of shards to them, in order."""
   if workers > 1 and maker.count >= MANY and getattr(maker.pictures, 'portable', False):
-    with loky.ProcessPoolExecutor(
-      workers, timeout=_IDLE, initializer=_start, initargs=(maker,)
-    ) as pool:
+    ours, theirs = multiprocessing.Pipe()
+    with (
+      ours,
+      theirs,
+      tempfile.NamedTemporaryFile(dir=maker.folder, prefix='.maker-') as file,
+      loky.ProcessPoolExecutor(workers, initializer=_start, initargs=(file.name, theirs)) as pool,
+    ):
+      # In a file, because a worker whose pipe breaks while it reads a long list prints a traceback.
+      cloudpickle.dump(maker, file)
+      file.flush()
       try:
         # Not `map`: it would cancel the rest of the tasks on failure, which breaks the shutdown.
         yield lambda numbers: (
@@ -130,12 +143,20 @@ def _prepare_pillow() -> None:
 _maker: ShardMaker  # of a worker process
 
 
-def _start(maker: ShardMaker) -> None:
-  """Makes a worker process ready."""
+def _start(path: str, pipe: multiprocessing.connection.Connection) -> None:
+  """Makes a worker process ready; it ends with the process that has the other end of the pipe."""
   global _maker
+  threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
   _prepare_pillow()
   warnings.simplefilter('ignore')
-  _maker = maker
+  with open(path, 'rb') as file:
+    _maker = pickle.load(file)
+
+
+def _end_with(pipe: multiprocessing.connection.Connection) -> None:
+  """Ends this process when the other end of the pipe is closed; a kill may leave locks behind."""
+  multiprocessing.connection.wait([pipe])
+  os._exit(1)
 
 
 def _make(number: int) -> Shard:

@@ -364,6 +364,38 @@ def test_killed_build_continues(config, tmp_path):
   assert content(fresh.folder) == files
 
 
+LEAVE_A_LOCK = """
+import os, pathlib, signal, sys
+import loky, numpy as np
+from sources import shards
+from sources.array_pictures import ArrayPictures
+from sources.framing import Framing
+executors = []
+class Executor(loky.ProcessPoolExecutor):
+  def __init__(self, *args, **kwargs):
+    super().__init__(*args, **kwargs)
+    executors.append(self)
+loky.ProcessPoolExecutor = Executor
+if __name__ == '__main__':
+  shards.MANY = 1
+  found = ArrayPictures(np.zeros((40, 4, 4, 1), np.uint8), np.zeros(40, np.int64), key='zeros')
+  object.__setattr__(found, 'portable', True)
+  maker = shards.ShardMaker(pathlib.Path(sys.argv[1]), found, Framing(4, min_side=4), 40, 1)
+  with shards.working(maker, 2) as make:
+    next(make(range(40)))
+    executors[0]._processes_management_lock.acquire()  # as while it starts workers
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_end_with_the_one_that_started_them_whatever_locks_it_held(tmp_path):
+  process = subprocess.Popen(
+    [sys.executable, '-c', LEAVE_A_LOCK, tmp_path], cwd=ROOT, stdout=subprocess.PIPE
+  )
+  process.communicate(timeout=20)  # until no process has the pipe
+  assert process.returncode == -signal.SIGKILL
+
+
 def test_processes_that_build_one_cache_at_once_share_the_work(config, tmp_path):
   folder = as_folder(tmp_path / 'data')
   processes = [build(config, folder, 0.02) for _ in range(2)]
