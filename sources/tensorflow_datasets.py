@@ -1,5 +1,6 @@
 """Data sets that TensorFlow Datasets has prepared, read without TensorFlow."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -102,8 +103,9 @@ def _refuse_foreign_classes(folder: pathlib.Path) -> None:
     for key, value in pairs:
       if not isinstance(value, str):
         continue
-      if value.lstrip().startswith('{'):  # JSON within JSON
-        json.loads(value, object_pairs_hook=check)
+      if value.lstrip().startswith('{'):  # JSON within JSON, or a text that looks like it
+        with contextlib.suppress(ValueError):
+          json.loads(value, object_pairs_hook=check)
       elif key in _CLASS_KEYS and '.' in value and not value.startswith(_FEATURES):
         raise UserError(
           f'{path} names {value!r}, code that TensorFlow Datasets would import; nothing was run: '

@@ -438,6 +438,10 @@ def test_tensorflow_datasets_are_read_without_tensorflow(stripes, tmp_path):
   assert 'tensorflow' not in sys.modules
 
 
+def described(features):
+  return {'description': '{a text', **features}
+
+
 def legacy(features):
   return {'type': features['pythonClassName'], 'content': {}}
 
@@ -450,7 +454,7 @@ def nested(features):
 FEATURES = 'tensorflow_datasets.core.features'
 
 
-@pytest.mark.parametrize('write', [lambda features: features, legacy, nested])
+@pytest.mark.parametrize('write', [described, legacy, nested])
 def test_prepared_data_that_name_a_module_do_not_have_it_imported(
   write, stripes, tmp_path, monkeypatch
 ):
