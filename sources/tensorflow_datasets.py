@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -98,25 +98,30 @@ def _refuse_foreign_classes(folder: pathlib.Path) -> None:
   Raises:
     UserError: if one names a class that is not of TensorFlow Datasets itself.
   """
-
-  def check(pairs: list[tuple[str, Any]]) -> None:
-    for key, value in pairs:
-      if not isinstance(value, str):
-        continue
-      if value.lstrip().startswith('{'):  # JSON within JSON, or a text that looks like it
-        with contextlib.suppress(ValueError):
-          json.loads(value, object_pairs_hook=check)
-      elif key in _CLASS_KEYS and '.' in value and not value.startswith(_FEATURES):
+  for path in folder.rglob('features.json'):
+    try:
+      names = list(_class_names(json.loads(path.read_text(encoding='utf-8'))))
+    except (OSError, ValueError, RecursionError) as error:
+      raise UserError(f'{path} cannot be read ({error}): copy the data set again.') from error
+    for name in names:
+      if '.' in name and not name.startswith(_FEATURES):
         raise UserError(
-          f'{path} names {value!r}, code that TensorFlow Datasets would import; nothing was run: '
+          f'{path} names {name!r}, code that TensorFlow Datasets would import; nothing was run: '
           f'use a data set whose features are classes of {_FEATURES[:-1]}.'
         )
 
-  for path in folder.rglob('features.json'):
-    try:
-      json.loads(path.read_text(encoding='utf-8'), object_pairs_hook=check)
-    except (OSError, ValueError, RecursionError) as error:
-      raise UserError(f'{path} cannot be read ({error}): copy the data set again.') from error
+
+def _class_names(content: Any) -> Iterator[str]:
+  """The names of classes in decoded JSON, also those in texts that are JSON themselves."""
+  if isinstance(content, dict):
+    yield from (content[key] for key in _CLASS_KEYS if isinstance(content.get(key), str))
+    content = list(content.values())
+  if isinstance(content, list):
+    for item in content:
+      yield from _class_names(item)
+  elif isinstance(content, str) and content.lstrip().startswith('{'):
+    with contextlib.suppress(ValueError):
+      yield from _class_names(json.loads(content))
 
 
 @register_dataset(name='TFDS')
