@@ -260,7 +260,7 @@ def export_checkpoint(
 
 def _stored(dtype: str, path: tuple[Any, ...], x: jax.Array) -> np.ndarray:
   """A variable as it is written to a file of weights in `dtype`."""
-  x = np.ascontiguousarray(x)
+  x = np.ascontiguousarray(parallelism.to_host(x))
   # The noise level multiplies frequencies, and their rounding errors with them, before the sine.
   if is_frequency(path, x) or not np.issubdtype(x.dtype, np.floating):
     return x

@@ -110,7 +110,8 @@ class Guard:
     if recent > _HOPELESS * abs(before):
       logging.warning(
         'The loss has risen at step %d: its median over %d steps is %.4g, and was %.4g before. If '
-        'it does not return, stop, delete the checkpoints since then and lower optim.lr.',
+        'it does not return, train in a new --workdir with a lower optim.lr, a longer '
+        'optim.warmup or a smaller optim.grad_clip.',
         step,
         _RECENT,
         recent,

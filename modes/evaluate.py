@@ -52,7 +52,11 @@ def check(
   check_run(config, workdir, _of_evaluation)
   _check_range(config, workdir, wanted)
   snapshots = CheckpointReader(workdir / 'checkpoints')
-  left = [number for number in wanted if not _is_removed(config, snapshots, number)]
+  left = [
+    number
+    for number in wanted
+    if not parallelism.from_first_process(_is_removed(config, snapshots, number))
+  ]
   _check_first(config, snapshots, left or wanted)
   if len(left) < len(wanted):
     logging.warning('Evaluating %s: training.keep_checkpoints has removed the others.', left)

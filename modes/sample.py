@@ -127,7 +127,7 @@ def weights_checksum(state: State) -> str:
   """A checksum that tells the EMA weights of a state from others of the same step."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves((state.params_ema, state.model_state)):
-    digest.update(np.ascontiguousarray(leaf))
+    digest.update(np.ascontiguousarray(parallelism.to_host(leaf)))
   return digest.hexdigest()[:16]
 
 

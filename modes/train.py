@@ -175,7 +175,7 @@ class SnapshotSampler:
     """Draws the samples of `state` unless they exist; returns False if the run must stop."""
     step = int(state.step)
     directory = self._run.workdir / 'samples' / f'iter_{step}_host_0'
-    if (directory / 'sample.png').exists():
+    if parallelism.from_first_process((directory / 'sample.png').exists()):
       return True
     rng = jax.random.fold_in(self._rng, step)
     try:

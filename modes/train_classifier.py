@@ -127,6 +127,7 @@ def train_classifier(config: ConfigDict, workdir: pathlib.Path) -> None:
     if state is not None:
       accuracy = _test_accuracy(config, module, state.params_ema, dataset=eval_ds)
       logging.info('Accuracy on the test split by noise level: %s', accuracy)
+      state = state.replace(params_ema=jax.tree.map(parallelism.to_host, state.params_ema))
       if jax.process_index() == 0:
         save_classifier(workdir / FILE, config, state, accuracy=accuracy)
       logging.info('Written: %s', workdir / FILE)

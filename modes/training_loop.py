@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from modes.divergence import Guard, raise_if_nonfinite
 from runtime import checkpoints, parallelism, reporting
 from runtime.checkpoints import CheckpointDirectory
+from runtime.errors import UserError
 from runtime.peers import Stragglers
 from runtime.preemption import Preemption, to_resume
 from runtime.progress import Pace, duration, memory
@@ -59,9 +60,9 @@ def open_run(workdir: pathlib.Path, keep_checkpoints: str = 'all') -> Iterator[R
   """
   snapshots_kept = checkpoints.Retention.parse(keep_checkpoints)
   with (
+    Preemption() as preemption,  # first, so that no signal interrupts the end of the last save
     CheckpointDirectory(workdir / checkpoints.DIRECTORIES[0], snapshots_kept) as snapshots,
     CheckpointDirectory(workdir / checkpoints.DIRECTORIES[1], KEPT_STATES) as latest,
-    Preemption() as preemption,
   ):
     yield Run(workdir, snapshots, latest, preemption)
 
@@ -97,19 +98,28 @@ def train_loop(
     NonFiniteLoss: the loss or the gradient is NaN or infinite, and may not be skipped.
     NonFiniteState: a parameter to be saved is NaN or infinite.
     UnsavedCheckpoint: a checkpoint could not be written.
+    UserError: `n_jitted_steps` does not divide the step of `state`.
   """
   step = int(state.step)
   on_cpu = jax.default_backend() == 'cpu'  # where a call returns when its steps are done
   last = training.n_iters - training.n_iters % training.n_jitted_steps
+  if step < last and step % training.n_jitted_steps:  # else no frequency would ever be met
+    raise UserError(
+      f'{run.workdir} resumes from step {step}, no multiple of training.n_jitted_steps='
+      f'{training.n_jitted_steps}: add --config.training.n_jitted_steps=1.'
+    )
   with (
     reporting.MetricWriter(run.workdir, step) as metrics,
     tqdm.tqdm(total=last, initial=step, unit='step', disable=None) as bar,
   ):
     log = StepLog(metrics, last, training.batch_size, saved=step)
     if _is_snapshot(step, last, training.snapshot_freq):
-      # If the process was killed after the checkpoint, before these.
+      # If the process was killed after one of the checkpoints, before the others of these.
+      number = -(-step // training.snapshot_freq)
+      if parallelism.from_first_process(number not in run.snapshots.numbers()):
+        run.snapshots.save(number, step, state)
       drawn = at_snapshot(state, metrics)
-      if step not in run.latest.numbers():
+      if parallelism.from_first_process(step not in run.latest.numbers()):
         run.latest.save(step, step, state)
       if not drawn:  # else the next start would be beyond this step
         _log_stop(step)

@@ -72,7 +72,8 @@ def open_atomic(path: pathlib.Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     os.chmod(temporary, 0o644)
     os.replace(temporary, path)
   except BaseException:
-    os.unlink(temporary)
+    with contextlib.suppress(OSError):  # a signal may come when it has its name
+      os.unlink(temporary)
     raise
 
 

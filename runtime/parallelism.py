@@ -182,7 +182,7 @@ def to_host(x: _Global) -> _Host:
 
 
 def _gather(x: jax.Array) -> jax.Array:
-  if x.is_fully_replicated or jax.process_count() == 1:
+  if jax.process_count() == 1 or x.is_fully_replicated:
     return x
   return _replicator(replicated())(x)
 

@@ -86,8 +86,9 @@ class Peers:
     for peer, connection in self._sockets.items():
       connection.settimeout(_BEAT_SECONDS)
       selector.register(connection, selectors.EVENT_READ, peer)
+    next_beat = time.monotonic()
     while self._sockets and not self._left:
-      for key, _ in selector.select(_BEAT_SECONDS):
+      for key, _ in selector.select(max(0.0, next_beat - time.monotonic())):
         peer = key.data
         try:
           message = key.fileobj.recv(64)
@@ -101,6 +102,9 @@ class Peers:
           self._end(int(message[message.index(b'x') + 1 :].split(b';')[0]), 'is gone')
         elif not message:
           self._end(peer, 'is gone')
+      if time.monotonic() < next_beat:  # else every beat would be answered by one
+        continue
+      next_beat = time.monotonic() + _BEAT_SECONDS
       self._send(b'b')
       for peer in list(self._sockets):
         if time.monotonic() - self._heard[peer] > _SILENCE_SECONDS:

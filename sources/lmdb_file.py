@@ -65,6 +65,7 @@ def entries(file: mmap.mmap) -> Iterator[tuple[bytes, int, int]]:
     kind, lower = _PAGE.unpack_from(file, start)
     if kind not in (_BRANCH, _LEAF) or lower % 2 or not _HEADER <= lower <= size:
       raise DamagedDatabase(f'page {number} is of another kind')
+    used = 0
     for (node,) in struct.iter_unpack('<H', file[start + _HEADER : start + lower]):
       if node + _NODE.size > size:
         raise DamagedDatabase(f'page {number} has a node outside of it')
@@ -77,6 +78,9 @@ def entries(file: mmap.mmap) -> Iterator[tuple[bytes, int, int]]:
       inside = _NUMBER.size if flags & _LONG else length
       if flags not in (0, _LONG) or value + inside > size:
         raise DamagedDatabase(f'page {number} has a node that is not a value')
+      used += _NODE.size + key_length + inside
+      if used > size:
+        raise DamagedDatabase(f'page {number} has nodes that overlap')
       position = start + value
       if flags & _LONG:
         position = page(_NUMBER.unpack_from(file, position)[0]) + _HEADER

@@ -128,6 +128,11 @@ def extract(path: pathlib.Path, folder: pathlib.Path) -> None:
       if member not in archive.namelist():
         raise UserError(f'{path} has no file {member}: download it again.')
       info = archive.getinfo(member)
+      if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UserError(
+          f'{path} is packed by a method that may need any memory: download it again, or pack it '
+          f'anew by Deflate.'
+        )
       title = f'extracting {path.name}'
       with (
         archive.open(info) as source,

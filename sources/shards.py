@@ -19,6 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import cloudpickle
 import crc32c
@@ -26,6 +27,7 @@ import loky
 import numpy as np
 from PIL import Image
 
+from runtime.errors import Exit, UserError
 from runtime.files import open_atomic, write_atomic
 from sources.base import BadPicture, Pictures
 from sources.framing import Framing
@@ -50,6 +52,12 @@ class Shard:
   skipped: Sequence[Sequence[str]]
   checksum: int
   digest: str
+
+
+class LostWorker(UserError):
+  """A worker process was killed."""
+
+  status = Exit.MEMORY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +130,11 @@ def working(maker: ShardMaker, workers: int) -> Iterator[Callable[[range], Itera
         yield lambda numbers: (
           future.result() for future in [pool.submit(_make, i) for i in numbers]
         )
+      except BrokenProcessPool as error:
+        raise LostWorker(
+          f'A process that decodes pictures was killed, as the system does where memory is short: '
+          f'lower data.num_workers={workers} and rerun the same command, which resumes.'
+        ) from error
       except BaseException:
         pool.shutdown(kill_workers=True)
         raise

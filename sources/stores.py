@@ -269,7 +269,15 @@ class ZipStore(Store):
 
   def files(self) -> list[File]:
     """See `Store`."""
-    labels = read_labels(self) if LABELS in self._members else None
+    labels = None
+    if LABELS in self._members:
+      size, count = self._members[LABELS].file_size, len(self._members)
+      if size > 2**20 + 2**10 * count:  # decoded, JSON takes many times its size
+        raise UserError(
+          f'its {LABELS} has {size:,} bytes, too many for {count:,} files: copy it again or remove '
+          f'it.'
+        )
+      labels = read_labels(self)
     files = []
     for name, info in self._members.items():
       fault = fault_of(info.filename)

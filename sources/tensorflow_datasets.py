@@ -79,7 +79,7 @@ def _open(name: str, split: str, data_dir: str | pathlib.Path | None) -> tuple[A
   import tensorflow_datasets as tfds
 
   where = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  _refuse_foreign_classes(pathlib.Path(where).expanduser() / re.split('[/:]', name)[0])
+  _refuse_foreign_classes(pathlib.Path(where).expanduser(), name)
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
     return builder, builder.as_data_source(split)
@@ -92,13 +92,16 @@ def _open(name: str, split: str, data_dir: str | pathlib.Path | None) -> tuple[A
     ) from error
 
 
-def _refuse_foreign_classes(folder: pathlib.Path) -> None:
+def _refuse_foreign_classes(where: pathlib.Path, builder: str) -> None:
   """TensorFlow Datasets would import whatever module the files of a data set name.
 
   Raises:
     UserError: if one names a class that is not of TensorFlow Datasets itself.
   """
-  for path in folder.rglob('features.json'):
+  plain = lambda name: name.replace('_', '').lower()  # MyPictures is in the folder my_pictures
+  parts = [plain(part) for part in re.split('[/:]', builder)]
+  folders = [folder for folder in where.glob('*/') if plain(folder.name) in parts]
+  for path in (path for folder in folders for path in folder.rglob('features.json')):
     try:
       names = list(_class_names(json.loads(path.read_text(encoding='utf-8'))))
     except (OSError, ValueError, RecursionError) as error:

@@ -3,13 +3,18 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
+from runtime import peers
 from runtime.errors import Exit
 from tests.processes import (
   ROOT,
@@ -174,6 +179,38 @@ def test_a_stopped_process_is_named_by_the_other_within_a_minute_and_both_resume
       process.kill()
   finish_together(start_together(tmp_path, *WIDE, devices=2))
   assert_same(tmp_path, one_device)
+
+
+def test_beats_of_processes_are_not_answered_by_beats(monkeypatch):
+  sent = []
+  pair = socket.socketpair()
+  monkeypatch.setattr(peers, '_BEAT_SECONDS', 0.2)
+  monkeypatch.setattr(
+    peers.Peers,
+    '_connect',
+    lambda self, *_: self._sockets.update({1 - self._index: pair[self._index]}),
+  )
+  send = peers.Peers._send
+  monkeypatch.setattr(peers.Peers, '_send', lambda self, x: (sent.append(x), send(self, x)))
+  both = [peers.Peers(i, 2, '') for i in range(2)]
+  time.sleep(1)
+  count = sent.count(b'b')
+  for peer in both:
+    peer.leave()
+  assert 6 <= count <= 14
+
+
+@pytest.mark.slow
+def test_state_that_is_split_over_processes_is_exported_and_sampled(tmp_path):
+  wide = ('--config.model.width=512', '--config.training.n_iters=2')
+  layout = (*wide, '--config.parallel.fsdp=2')
+  finish_together(start_together(tmp_path, *layout))
+  one, two = tmp_path / 'one.safetensors', tmp_path / 'two.safetensors'
+  finish_together(start_together(tmp_path, *layout, f'--checkpoint={two}', mode='export'))
+  run(tmp_path, *wide, f'--checkpoint={one}', mode='export')
+  jax.tree.map(np.testing.assert_array_equal, load_file(one), load_file(two))
+  few = ('--config.sampling.num_samples=4', '--config.sampling.batch_size=4')
+  finish_together(start_together(tmp_path, *layout, *few, mode='sample'))
 
 
 @pytest.mark.slow

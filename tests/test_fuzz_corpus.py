@@ -2,8 +2,10 @@
 
 import io
 import json
+import mmap
 import os
 import pathlib
+import struct
 import tarfile
 import zipfile
 
@@ -12,7 +14,7 @@ import pytest
 import score_sde
 from faults import targets
 from runtime.errors import UserError
-from sources import lsun, published, stores
+from sources import lmdb_file, lsun, published, stores
 from sources.base import DATASETS
 from tests import published_files as files
 from tests import tiny_config
@@ -119,6 +121,36 @@ def test_extraction_of_lsun_writes_the_database_only(watched):
   lsun.extract(watched / f'{name}.zip', watched / 'cache' / name)
   found = {str(path.relative_to(watched)) for path in watched.rglob('*') if path.is_file()}
   assert found == {f'{name}.zip', f'cache/{name}/data.mdb'}
+
+
+def test_a_database_packed_by_a_method_without_bounds_is_refused(watched):
+  name = 'church_outdoor_val_lmdb'
+  with zipfile.ZipFile(watched / f'{name}.zip', 'w', zipfile.ZIP_BZIP2) as archive:
+    archive.writestr(f'{name}/data.mdb', bytes(10**6))
+  with pytest.raises(UserError, match='packed by a method that may need any memory'):
+    lsun.extract(watched / f'{name}.zip', watched / 'cache' / name)
+
+
+def test_labels_of_an_archive_are_bounded_by_its_files(watched):
+  with zipfile.ZipFile(watched / 'a.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr('dataset.json', '{"labels":[' + '[],' * 10**6 + '[]]}')
+  with pytest.raises(UserError, match='has 3,000,015 bytes, too many for 1 files'):
+    stores.open_store(watched / 'a.zip').files()
+
+
+def test_nodes_of_a_database_that_overlap_are_refused():
+  size, count = 4096, 100
+  node = 16 + 2 * count
+  leaf = struct.pack('<10x2H2x', 2, node) + struct.pack('<H', node) * count
+  leaf += struct.pack('<4H', 0, 0, 0, size - node - 8) + bytes(size - node - 8)
+  content = b''
+  for number in range(2):
+    meta = struct.pack('<2I16xI44x4xHH24xQQQQ', 0xBEEFC0DE, 1, size, 0, 1, 0, 2, 2, number)
+    content += (struct.pack('<10x2H2x', 8, 0) + meta).ljust(size, b'\0')
+  with mmap.mmap(-1, 3 * size) as file:
+    file.write(content + leaf)
+    with pytest.raises(lmdb_file.DamagedDatabase, match='nodes that overlap'):
+      list(lmdb_file.entries(file))
 
 
 @pytest.mark.parametrize('category', ['../../escaped', '/tmp/escaped', 'a/b', '..', 'a\0b', 'a\n'])

@@ -20,7 +20,7 @@ from PIL import Image
 import datasets
 from configs.vp import pictures_ddpmpp_continuous
 from modes.preparation import prepare
-from runtime.errors import UserError
+from runtime.errors import Exit, UserError
 from sources import cache, shards
 from sources.array_pictures import ArrayPictures
 from sources.framing import Framing
@@ -457,6 +457,27 @@ def test_a_failure_while_processes_work_logs_no_traceback(tmp_path, monkeypatch,
     with pytest.raises(KeyError):
       fail_at(number, tmp_path / str(number))
   assert not caplog.records
+
+
+class DeadlyPictures(ArrayPictures):
+  """Pictures whose reader is killed."""
+
+  portable = True
+
+  def read(self, i):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_the_system_kills_is_told_in_a_sentence(tmp_path, monkeypatch):
+  monkeypatch.setattr('sources.shards.MANY', 1)
+  found = DeadlyPictures(np.zeros((9, 4, 4, 1), np.uint8), np.zeros(9, np.int64), key='deadly')
+  maker = shards.ShardMaker(tmp_path, found, Framing(4, min_side=4), count=9, step=1)
+  with (
+    pytest.raises(UserError, match='lower data.num_workers=2 and rerun') as error,
+    shards.working(maker, 2) as make,
+  ):
+    list(make(range(9)))
+  assert error.value.status == Exit.MEMORY
 
 
 def test_file_system_without_locks_is_a_warning(config, tmp_path, monkeypatch, caplog):

@@ -454,9 +454,12 @@ def nested(features):
 FEATURES = 'tensorflow_datasets.core.features'
 
 
-@pytest.mark.parametrize('write', [described, legacy, nested])
+@pytest.mark.parametrize(
+  ('write', 'builder'),
+  [(described, 'stripes'), (legacy, 'Stripes'), (nested, 'stripes:1.0.0')],
+)
 def test_prepared_data_that_name_a_module_do_not_have_it_imported(
-  write, stripes, tmp_path, monkeypatch
+  write, builder, stripes, tmp_path, monkeypatch
 ):
   stripes.download_and_prepare()
   (tmp_path / 'modules').mkdir()
@@ -465,7 +468,7 @@ def test_prepared_data_that_name_a_module_do_not_have_it_imported(
   path = tmp_path / 'stripes' / '1.0.0' / 'features.json'
   features = json.loads(path.read_text())
   path.write_text(json.dumps(write(features | {'pythonClassName': 'hostile.Image'})))
-  config = files.data_config(tmp_path, 'TFDS', 32, builder='stripes')
+  config = files.data_config(tmp_path, 'TFDS', 32, builder=builder)
   with pytest.raises(UserError, match="^[^ ]*features.json names 'hostile.Image', code "):
     build(config, 'train')
   assert not (tmp_path / 'run').exists()

@@ -12,6 +12,7 @@ import pytest
 
 import datasets
 import losses
+import run_lib
 import sde_lib
 import train_state
 from faults.kills import digest
@@ -19,7 +20,7 @@ from modes import train as train_mode
 from modes import training_loop
 from runtime import checkpoints, parallelism
 from runtime.checkpoints import CheckpointDirectory
-from runtime.errors import Exit
+from runtime.errors import Exit, UserError
 from runtime.rng import stream
 from tests import tiny_config
 from tests.processes import command, finish, history, run, samples, start, wait_for
@@ -228,3 +229,43 @@ def test_mistakes_on_the_command_line_are_one_sentence_without_traceback(uninter
     assert message in output
     assert 'Traceback' not in output, output
   assert not list(tmp_path.iterdir())
+
+
+def test_other_fused_steps_that_do_not_divide_the_step_of_the_state_are_refused(tmp_path):
+  config = tiny_config.get_config()
+  config.training.update(n_iters=7, snapshot_sampling=False)
+  run_lib.train(config, tmp_path)
+  frequencies = ('log_freq', 'eval_freq', 'snapshot_freq_for_preemption')
+  config.training.update(n_iters=20, n_jitted_steps=5, **dict.fromkeys(frequencies, 5))
+  with pytest.raises(
+    UserError, match='resumes from step 7, no multiple of training.n_jitted_steps'
+  ):
+    run_lib.train(config, tmp_path)
+
+
+def test_a_snapshot_that_was_not_completed_is_written_by_the_same_command(tmp_path):
+  config = tiny_config.get_config()
+  config.training.update(n_iters=10, snapshot_sampling=False)
+  run_lib.train(config, tmp_path)
+  before = digest(tmp_path)
+  shutil.rmtree(tmp_path / 'checkpoints' / 'checkpoint_1')
+  run_lib.train(config, tmp_path)
+  assert digest(tmp_path) == before
+
+
+def test_no_signal_interrupts_the_end_of_the_last_save(tmp_path, monkeypatch):
+  came = []
+  previous = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+  close = CheckpointDirectory.__exit__
+
+  def close_slowly(self, *error):
+    signal.raise_signal(signal.SIGTERM)
+    return close(self, *error)
+
+  monkeypatch.setattr(CheckpointDirectory, '__exit__', close_slowly)
+  try:
+    with training_loop.open_run(tmp_path):
+      pass
+  finally:
+    signal.signal(signal.SIGTERM, previous)
+  assert not came

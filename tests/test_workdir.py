@@ -22,6 +22,7 @@ from runtime import reporting
 from runtime import workdir as workdirs
 from runtime.checkpoints import CheckpointReader
 from runtime.errors import UserError
+from runtime.files import write_atomic
 from tests import tiny_config
 from tests.processes import ROOT, finish, history, start
 
@@ -390,3 +391,16 @@ def test_evaluation_leaves_out_the_checkpoints_that_training_has_removed(tmp_pat
   run_lib.evaluate(config_of(**kept, eval__begin_ckpt=1, eval__end_ckpt=4), tmp_path)
   assert 'Evaluating [2, 4]: training.keep_checkpoints has removed the others.' in caplog.text
   assert json.loads((tmp_path / 'eval' / 'report.json').read_text()).keys() == {'2', '4'}
+
+
+def test_a_signal_while_a_file_gets_its_name_is_not_lost(tmp_path, monkeypatch):
+  replace = os.replace
+
+  def replace_and_interrupt(*paths):
+    replace(*paths)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(os, 'replace', replace_and_interrupt)
+  with pytest.raises(KeyboardInterrupt):
+    write_atomic(tmp_path / 'a', b'1')
+  assert [path.name for path in tmp_path.iterdir()] == ['a']
