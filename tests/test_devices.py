@@ -217,8 +217,9 @@ def test_state_that_is_split_over_processes_is_exported_and_sampled(tmp_path):
 def test_a_process_whose_data_come_late_is_named_by_all(tmp_path):
   group = start_together(
     tmp_path,
-    '--config.training.n_iters=10000',
-    own=((), ('--config.data.path=0.02',)),
+    '--config.training.n_iters=100',
+    '--config.training.eval_freq=100',
+    own=((), ('--config.data.path=0.1',)),  # 0.8 s for a batch, longer than a step takes
     config='tests/slow_data_config.py',
   )
   named = re.compile(r'Process 1 waits for its data \d+ % of the time, the others \d+ %, and all ')
