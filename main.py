@@ -208,6 +208,7 @@ def main(argv: list[str]) -> None:
     else:
       _modes(_CONFIG.value, _WORKDIR.value)[_MODE.value]()
   except KeyboardInterrupt as stop:
+    _ignore_signals()
     from runtime.preemption import to_resume
 
     _say_last(f'Stopped by a signal; the files written before are intact. {to_resume()}')
@@ -215,6 +216,7 @@ def main(argv: list[str]) -> None:
   except Exception as error:
     if flags.FLAGS.pdb_post_mortem:
       raise
+    _ignore_signals()
     status, message = _explained(error)
     if peers and status in (Exit.FAULT, Exit.STORAGE):
       peers.await_loss()  # of which this error may be a consequence
@@ -239,6 +241,12 @@ def _dry_run() -> str:
     checkpoint=_CHECKPOINT.value,
     number=_CHECKPOINT_NUMBER.value,
   )
+
+
+def _ignore_signals() -> None:
+  """Lets no second signal interrupt the end of the program, which takes seconds at most."""
+  for number in (signal.SIGINT, *startup.ending_signals()):
+    signal.signal(number, signal.SIG_IGN)
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -33,7 +33,7 @@ import sde_lib
 import train_state
 from modes.evaluations import EVALUATIONS, Evaluation
 from runtime import checkpoints, configuration, parallelism, reporting
-from runtime.checkpoints import CheckpointReader
+from runtime.checkpoints import CheckpointReader, DamagedCheckpoint
 from runtime.errors import UserError
 from runtime.workdir import at_work, check_run, log_start, of_model
 
@@ -82,10 +82,16 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, eval_folder: str) -> Non
       if not parallelism.from_first_process(_wait_for(config, snapshots, number)):
         logging.warning('Checkpoint %d is left out: training has removed it.', number)
         continue
-      step = snapshots.step(number)
-      report.open(number, step, snapshots.identity(number))
-      due = [task for task in tasks if not parallelism.from_first_process(task.is_done(number))]
-      state = checkpoints.restore(snapshots, number, like) if due else None
+      try:
+        step, identity = snapshots.step(number), snapshots.identity(number)
+        due = [task for task in tasks if not parallelism.from_first_process(task.is_done(number))]
+        state = checkpoints.restore(snapshots, number, like) if due else None
+      except DamagedCheckpoint:
+        if jax.process_count() > 1 or not _is_removed(config, snapshots, number):
+          raise
+        logging.warning('Checkpoint %d is left out: training removed it as it was read.', number)
+        continue
+      report.open(number, step, identity)
       for task in due:
         start = time.monotonic()
         task.run(number, state)

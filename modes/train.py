@@ -185,7 +185,7 @@ class SnapshotSampler:
     samples = parallelism.to_host(samples)
     if not np.isfinite(samples).all():
       logging.warning('step: %d, the samples are not finite: they are shown as black.', step)
-      samples = np.nan_to_num(samples)
+      samples = np.nan_to_num(samples, posinf=0.0, neginf=0.0)
     if jax.process_index() == 0:
       reporting.write_samples(directory, samples)
     metrics.images('samples', samples, step)

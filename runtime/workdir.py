@@ -202,7 +202,6 @@ def record(
   """
   check_run(config, workdir, guarded)
   fingerprints = _check_data(workdir, sources)
-  check_processes(data=fingerprints)
   _write_json(workdir / 'config.json', configuration.plain(config))
   _write_json(workdir / 'versions.json', versions())
   _write_json(workdir / 'start.json', start.description())
@@ -219,6 +218,7 @@ def _check_data(workdir: pathlib.Path, sources: Mapping[str, Any]) -> dict[str, 
   new = {name: getattr(source, 'fingerprint', None) for name, source in sources.items()}
   names = [list(getattr(source, 'class_names', ())) for source in sources.values()]
   classes = {'class_names': names[0], 'num_classes': len(names[0])} if any(names) else {}
+  check_processes(data=new | classes)  # before one of them refuses what the others have
   if not path.exists():
     return new | classes
   old = read_json(path, 'restore it from a copy, or remove it if the data are the same')

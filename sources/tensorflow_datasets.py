@@ -101,7 +101,9 @@ def _refuse_foreign_classes(where: pathlib.Path, builder: str) -> None:
   plain = lambda name: name.replace('_', '').lower()  # MyPictures is in the folder my_pictures
   parts = [plain(part) for part in re.split('[/:]', builder)]
   folders = [folder for folder in where.glob('*/') if plain(folder.name) in parts]
-  for path in (path for folder in folders for path in folder.rglob('features.json')):
+  # These patterns follow links, as TensorFlow Datasets does.
+  depths = ('*/features.json', '*/*/features.json')
+  for path in (path for folder in folders for depth in depths for path in folder.glob(depth)):
     try:
       names = list(_class_names(json.loads(path.read_text(encoding='utf-8'))))
     except (OSError, ValueError, RecursionError) as error:

@@ -465,7 +465,10 @@ def test_prepared_data_that_name_a_module_do_not_have_it_imported(
   (tmp_path / 'modules').mkdir()
   (tmp_path / 'modules' / 'hostile.py').write_text(f'open({str(tmp_path / "run")!r}, "w")')
   monkeypatch.syspath_prepend(tmp_path / 'modules')
-  path = tmp_path / 'stripes' / '1.0.0' / 'features.json'
+  folder = tmp_path / 'stripes' / '1.0.0'
+  folder.rename(tmp_path / 'elsewhere')
+  folder.symlink_to(tmp_path / 'elsewhere')
+  path = folder / 'features.json'
   features = json.loads(path.read_text())
   path.write_text(json.dumps(write(features | {'pythonClassName': 'hostile.Image'})))
   config = files.data_config(tmp_path, 'TFDS', 32, builder=builder)
