@@ -31,7 +31,7 @@ from PIL import Image
 REPOSITORY = pathlib.Path(__file__).parent.parent
 CONFIG = 'tests/tiny_config.py'
 
-# Of SIGTERM, after which a training saves first.
+# After a signal: a training saves first.
 _SECONDS_TO_END = 60.0
 # What differs from run to run: logs, and what is measured.
 _LATEST = 'checkpoints-meta'

@@ -115,7 +115,7 @@ def train_loop(
     log = StepLog(metrics, last, training.batch_size, saved=step)
     if _is_snapshot(step, last, training.snapshot_freq):
       # If the process was killed after one of the checkpoints, before the others of these.
-      number = -(-step // training.snapshot_freq)
+      number = _snapshot_number(step, training.snapshot_freq)
       if parallelism.from_first_process(number not in run.snapshots.numbers()):
         run.snapshots.save(number, step, state)
       drawn = at_snapshot(state, metrics)
@@ -167,7 +167,7 @@ def train_loop(
       if evaluation_due:
         evaluate(state, step, metrics)
       if snapshot_due:
-        run.snapshots.save(-(-step // training.snapshot_freq), step, state)
+        run.snapshots.save(_snapshot_number(step, training.snapshot_freq), step, state)
         stop = not at_snapshot(state, metrics) or stop
       if save_due or stop:
         run.latest.save(step, step, state)
@@ -227,6 +227,11 @@ class StepLog:
 
 def _is_snapshot(step: int, last: int, frequency: int) -> bool:
   return step > 0 and (step % frequency == 0 or step == last)
+
+
+def _snapshot_number(step: int, frequency: int) -> int:
+  """Its number among the snapshots; the last step of a run may come before the next is due."""
+  return -(-step // frequency)
 
 
 def restore_or_init(

@@ -5,6 +5,7 @@ import functools
 import os
 import pathlib
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Iterator
 from typing import IO, BinaryIO
@@ -51,6 +52,10 @@ def lock(file: IO, *, wait: bool = False) -> bool:
     folder = os.path.dirname(file.name)
     logging.warning('%s cannot be locked (%s): let only one run use it.', folder, error.strerror)
   return True
+
+
+# Methods of ZIP members whose output can be read a bounded part at a time.
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Shaped
 
+from runtime.files import ZIP_METHODS
+
 _DEFLATE = 1032  # the largest compression ratio of deflate
 # By version: the type of the length of the header, and NumPy's reader. The header is an expression
 # in Python, and parsing a strange one can take minutes: only what NumPy writes is let through.
@@ -62,7 +64,7 @@ def load_arrays(
 def _load_array(archive: zipfile.ZipFile, name: str, longest: int) -> np.ndarray:
   """Reads one array, after a check of its length: a header can ask for any amount of memory."""
   entry = archive.getinfo(f'{name}.npy')
-  if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+  if entry.compress_type not in ZIP_METHODS:
     raise ValueError(f'{name} is compressed by another method than those of NumPy')
   with archive.open(entry) as file:
     version = np.lib.format.read_magic(file)

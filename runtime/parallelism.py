@@ -218,9 +218,8 @@ def differing(facts: Mapping[str, Any]) -> dict[str, list[int]]:
 
 def gather(numbers: Sequence[float]) -> Shaped[np.ndarray, 'P n']:
   """The numbers of each process as float32, a row for each; all processes must call this."""
-  return multihost_utils.process_allgather(np.asarray(numbers, np.float32), tiled=False).reshape(
-    jax.process_count(), -1
-  )
+  everywhere = multihost_utils.process_allgather(np.asarray(numbers, np.float32))
+  return everywhere.reshape(jax.process_count(), -1)
 
 
 def from_first_process(value: int) -> int:

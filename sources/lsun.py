@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from runtime import reporting
 from runtime.errors import UserError
+from runtime.files import ZIP_METHODS
 from sources import cache, lmdb_file, published
 from sources.base import BadPicture, Pictures, register_dataset
 from sources.framing import Framing
@@ -128,7 +129,7 @@ def extract(path: pathlib.Path, folder: pathlib.Path) -> None:
       if member not in archive.namelist():
         raise UserError(f'{path} has no file {member}: download it again.')
       info = archive.getinfo(member)
-      if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+      if info.compress_type not in ZIP_METHODS:
         raise UserError(
           f'{path} is packed by a method that may need any memory: download it again, or pack it '
           f'anew by Deflate.'

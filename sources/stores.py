@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from runtime.errors import UserError
+from runtime.files import ZIP_METHODS
 from runtime.registry import Registry
 from sources import pictures
 from sources.base import BadPicture
@@ -317,7 +318,7 @@ class ZipStore(Store):
 def _fault_of_member(info: zipfile.ZipInfo) -> str:
   if info.flag_bits & 1:
     return 'encrypted'
-  if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+  if info.compress_type not in ZIP_METHODS:
     return 'compressed by a method other than deflate'
   return _fault_of_size(max(info.file_size, info.compress_size) if info.file_size else 0)
 
