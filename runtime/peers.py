@@ -88,7 +88,8 @@ class Peers:
       selector.register(connection, selectors.EVENT_READ, peer)
     next_beat = time.monotonic()
     while self._sockets and not self._left:
-      for key, _ in selector.select(max(0.0, next_beat - time.monotonic())):
+      looked = time.monotonic()
+      for key, _ in selector.select(max(0.0, next_beat - looked)):
         peer = key.data
         try:
           message = key.fileobj.recv(64)
@@ -107,7 +108,8 @@ class Peers:
       next_beat = time.monotonic() + _BEAT_SECONDS
       self._send(b'b')
       for peer in list(self._sockets):
-        if time.monotonic() - self._heard[peer] > _SILENCE_SECONDS:
+        # Measured from before the look: a process that was stopped since then has messages to read.
+        if looked - self._heard[peer] > _SILENCE_SECONDS:
           self._end(peer, f'has been silent for {_SILENCE_SECONDS:.0f} s')
 
   def _send(self, message: bytes) -> None:

@@ -1,7 +1,9 @@
 """One run gives the same numbers on any number and layout of devices and processes."""
 
+import contextlib
 import os
 import re
+import selectors
 import signal
 import socket
 import subprocess
@@ -181,8 +183,9 @@ def test_a_stopped_process_is_named_by_the_other_within_a_minute_and_both_resume
   assert_same(tmp_path, one_device)
 
 
-def test_beats_of_processes_are_not_answered_by_beats(monkeypatch):
-  sent = []
+@pytest.fixture
+def connected(monkeypatch):
+  """Two processes that are connected, as objects of this one."""
   pair = socket.socketpair()
   monkeypatch.setattr(peers, '_BEAT_SECONDS', 0.2)
   monkeypatch.setattr(
@@ -190,14 +193,46 @@ def test_beats_of_processes_are_not_answered_by_beats(monkeypatch):
     '_connect',
     lambda self, *_: self._sockets.update({1 - self._index: pair[self._index]}),
   )
+
+  @contextlib.contextmanager
+  def start():
+    both = [peers.Peers(i, 2, '') for i in range(2)]
+    yield
+    for peer in both:
+      peer.leave()
+
+  return start
+
+
+def test_beats_of_processes_are_not_answered_by_beats(connected, monkeypatch):
+  sent = []
   send = peers.Peers._send
   monkeypatch.setattr(peers.Peers, '_send', lambda self, x: (sent.append(x), send(self, x)))
-  both = [peers.Peers(i, 2, '') for i in range(2)]
-  time.sleep(1)
-  count = sent.count(b'b')
-  for peer in both:
-    peer.leave()
+  with connected():
+    time.sleep(1)
+    count = sent.count(b'b')
   assert 6 <= count <= 14
+
+
+def test_a_woken_process_reads_what_came_before_it_calls_another_silent(connected, monkeypatch):
+  # A wait that a stop interrupts returns nothing, although messages have come meanwhile.
+  class Stopped(selectors.DefaultSelector):
+    def select(self, timeout=None):
+      ready = super().select(timeout)
+      if ready or stopped:
+        return ready
+      stopped.append(True)
+      time.sleep(1.2)
+      return []
+
+  stopped, ended = [], []
+  monkeypatch.setattr(peers, '_SILENCE_SECONDS', 1)
+  monkeypatch.setattr(selectors, 'DefaultSelector', Stopped)
+  monkeypatch.setattr(peers.Peers, '_end', lambda self, *what: ended.append(what))
+  with connected():
+    time.sleep(2)
+  assert stopped
+  assert not [what for _, what in ended if 'silent' in what]
 
 
 @pytest.mark.slow
