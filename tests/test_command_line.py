@@ -319,6 +319,28 @@ def test_each_kind_of_failure_has_its_status_and_waits_for_no_thread(error, stat
   assert any(line.startswith(last) for line in output.splitlines()), output
 
 
+def test_a_second_signal_does_not_interrupt_the_end(tmp_path):
+  (tmp_path / 'failing.py').write_text(FAILING.format(error="RuntimeError('boom')"))
+  process = subprocess.Popen(
+    command(tmp_path / 'run', config=tmp_path / 'failing.py'),
+    cwd=ROOT,
+    env=environment(),
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  for line in process.stderr:
+    if line.startswith('RuntimeError: boom'):
+      break
+  # It waits for the thread, for some seconds; a handler that raised would change the status.
+  for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    process.send_signal(number)
+    time.sleep(0.2)
+    assert process.poll() is None
+  _, output = process.communicate(timeout=60)
+  assert process.returncode == Exit.FAULT
+  assert 'KeyboardInterrupt' not in output
+
+
 def test_help_whose_reader_leaves_ends_quietly():
   shell = f'set -o pipefail; {shlex.quote(sys.executable)} main.py --help | head -n 1'
   process = subprocess.run(['bash', '-c', shell], cwd=ROOT, capture_output=True, text=True)

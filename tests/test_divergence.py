@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import run_lib
+import sampling
 import train_state
 from models.utils import register_model
 from modes import divergence
@@ -144,6 +145,18 @@ def test_a_finite_run_is_the_same_with_either_policy(tmp_path):
   for state in states[1:]:
     for a, b in zip(leaves(states[0]), leaves(state), strict=True):
       np.testing.assert_array_equal(a, b)
+
+
+def test_samples_of_a_snapshot_that_are_not_finite_are_black(tmp_path, monkeypatch, caplog):
+  samples = np.stack([np.full((28, 28, 1), x, np.float32) for x in (0.5, np.nan, np.inf, -np.inf)])
+  monkeypatch.setattr(
+    sampling, 'get_sampling_fn', lambda *_: lambda *_, **__: (jnp.asarray(samples), 1)
+  )
+  run_lib.train(config_of(n_iters=1, snapshot_sampling=True, on_nonfinite='skip'), tmp_path)
+  with np.load(tmp_path / 'samples' / 'iter_1_host_0' / 'sample.npz') as file:
+    written = file['samples']
+  assert [np.unique(image).tolist() for image in written] == [[127], [0], [0], [0]]
+  assert 'the samples are not finite: they are shown as black' in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from modes import evaluate as evaluation_run
 from modes import evaluations
 from modes import stats as stats_mode
 from modes.preparation import prepare
-from runtime import configuration
-from runtime.checkpoints import CheckpointDirectory, CheckpointReader
+from runtime import checkpoints, configuration
+from runtime.checkpoints import CheckpointDirectory, CheckpointReader, DamagedCheckpoint
 from runtime.errors import UserError
 from runtime.rng import stream
 from tests import tiny_config
@@ -522,6 +522,30 @@ def test_it_waits_for_a_checkpoint_that_is_still_to_come(workdir, caplog):
   training.join()
   assert announced.is_set()
   assert set(report(workdir / 'eval')) == {'3', '4'}
+
+
+def test_a_checkpoint_that_training_removes_as_it_is_read_is_left_out(workdir, monkeypatch, caplog):
+  restore = checkpoints.restore
+
+  def restore_late(snapshots, number, like):
+    if number == 3:
+      shutil.rmtree(workdir / 'checkpoints' / 'checkpoint_3')
+    return restore(snapshots, number, like)
+
+  monkeypatch.setattr(checkpoints, 'restore', restore_late)
+  kept = {'training.keep_checkpoints': 'last:1'}
+  run_lib.evaluate(configured(BOTH | data(workdir) | kept), workdir)
+  assert 'Checkpoint 3 is left out: training removed it as it was read.' in caplog.text
+  assert set(report(workdir / 'eval')) == {'4'}
+
+
+def test_a_checkpoint_that_is_damaged_as_it_is_read_is_named(workdir):
+  for path in (workdir / 'checkpoints' / 'checkpoint_3').rglob('*'):
+    if path.is_file() and path.parent.name == 'd':
+      path.write_bytes(path.read_bytes()[:-1])
+  kept = {'training.keep_checkpoints': 'last:2'}
+  with pytest.raises(DamagedCheckpoint, match='checkpoint_3'):
+    run_lib.evaluate(configured(BOTH | data(workdir) | kept), workdir)
 
 
 def test_without_an_extractor_samples_are_only_drawn(workdir):
