@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from modes import train_classifier
 from runtime import peers
 from runtime.errors import Exit
 from tests.processes import (
@@ -246,6 +247,19 @@ def test_state_that_is_split_over_processes_is_exported_and_sampled(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, load_file(one), load_file(two))
   few = ('--config.sampling.num_samples=4', '--config.sampling.batch_size=4')
   finish_together(start_together(tmp_path, *layout, *few, mode='sample'))
+
+
+@pytest.mark.slow
+def test_a_classifier_that_is_split_over_processes_is_written(tmp_path):
+  settings = ('name=tiny', 'width=16', 'n_iters=4', 'batch_size=16')
+  flags = [f'--config.classifier.{setting}' for setting in settings]
+  mode = {'mode': 'train_classifier'}
+  run(tmp_path / 'one', *flags, **mode)
+  finish_together(start_together(tmp_path / 'two', *flags, '--config.parallel.fsdp=2', **mode))
+  one, two = (load_file(tmp_path / name / train_classifier.FILE) for name in ('one', 'two'))
+  assert one.keys() == two.keys()
+  for name, expected in one.items():
+    np.testing.assert_allclose(two[name], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

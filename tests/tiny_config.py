@@ -77,6 +77,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.width = 8
   config.model.num_scales = 5
   config.model.ema_rate = 0.9
+  with config.unlocked():
+    config.classifier.width = 8
   config.optim.warmup = 4
   training = config.training
   training.batch_size = 16
