@@ -18,9 +18,9 @@ from modes.divergence import Guard, raise_if_nonfinite
 from runtime import checkpoints, parallelism, reporting
 from runtime.checkpoints import CheckpointDirectory
 from runtime.errors import UserError
-from runtime.peers import Stragglers
 from runtime.preemption import Preemption, to_resume
 from runtime.progress import Pace, duration, memory
+from runtime.stragglers import Stragglers
 from train_state import State
 
 PyTree = Any

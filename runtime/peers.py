@@ -13,11 +13,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-import jax
-import numpy as np
 from absl import logging
 
 from runtime import parallelism
@@ -30,9 +27,6 @@ _CONNECT_SECONDS = 60.0
 _WAIT_SECONDS = 1.0
 # How long one that has failed lets the others report the same error, before they lose it.
 _REPORT_SECONDS = 3.0
-# Over how long the waits of processes are compared, and which share of it is worth a warning.
-_WINDOW_SECONDS = 10.0
-_SLOW_SHARE = 0.2
 
 
 class Peers:
@@ -161,47 +155,3 @@ class Peers:
     # The others may be about to report the same error. JAX aborts them when the first one is gone.
     time.sleep(_REPORT_SECONDS + (_WAIT_SECONDS if self._index == 0 else 0))
     os._exit(status)
-
-
-class Stragglers:
-  """Warns once of each process that all others wait for, because its data come late.
-
-  A step needs the batches of all processes: the slowest disk sets the speed of all.
-
-  Args:
-    clock: the time in seconds.
-  """
-
-  def __init__(self, clock: Callable[[], float] = time.monotonic):
-    self._clock = clock
-    self._named: set[int] = set()
-    self._start, self._waited = clock(), 0.0
-
-  @contextlib.contextmanager
-  def waiting(self) -> Iterator[None]:
-    """What runs in this context waits for the data of this process."""
-    start = self._clock()
-    yield
-    self._waited += self._clock() - start
-
-  def compare(self) -> None:
-    """Compares the processes; all of them must call this at the same steps."""
-    if jax.process_count() == 1:
-      return
-    waits, times = parallelism.gather([self._waited, self._clock() - self._start]).T
-    if times[0] < _WINDOW_SECONDS:
-      return
-    self._start, self._waited = self._clock(), 0.0
-    shares = waits / times
-    slowest = int(np.argmax(shares))
-    others = float(np.median(np.delete(shares, slowest)))
-    if shares[slowest] > max(_SLOW_SHARE, 2 * others) and slowest not in self._named:
-      self._named.add(slowest)
-      logging.warning(
-        'Process %d waits for its data %.0f %% of the time, the others %.0f %%, and all wait for '
-        'it: look at its disk and at what else runs on its machine, raise data.num_workers, or '
-        'move its data to a faster disk.',
-        slowest,
-        100 * shares[slowest],
-        100 * others,
-      )

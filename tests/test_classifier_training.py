@@ -42,13 +42,13 @@ def small_config():
   config = tiny_config.get_config()
   with config.unlocked():
     config.data.num_labels = 2
+    config.classifier.width = 6
   config.data.dataset = 'HALVES'
   config.data.image_size = 8
   config.model.num_scales = 30
   config.training.eval_freq = 10
   section = config.classifier
   section.name = 'tiny'
-  section.width = 6
   section.num_classes = 2
   section.batch_size = 16
   section.n_iters = 20

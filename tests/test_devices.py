@@ -251,7 +251,7 @@ def test_state_that_is_split_over_processes_is_exported_and_sampled(tmp_path):
 
 @pytest.mark.slow
 def test_a_classifier_that_is_split_over_processes_is_written(tmp_path):
-  settings = ('name=tiny', 'width=16', 'n_iters=4', 'batch_size=16')
+  settings = ('name=tiny', 'n_iters=4', 'batch_size=16')
   flags = [f'--config.classifier.{setting}' for setting in settings]
   mode = {'mode': 'train_classifier'}
   run(tmp_path / 'one', *flags, **mode)

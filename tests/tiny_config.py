@@ -43,7 +43,7 @@ class TinyClassifier(nn.Module):
   """A convolution, told the noise level: a user's own classifier."""
 
   num_classes: int = 2
-  width: int = 8
+  width: int = 16  # so that its kernel is large enough to be split over devices
 
   @nn.compact
   def __call__(self, x, sigmas, train=True, pooled=False):
@@ -77,8 +77,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.width = 8
   config.model.num_scales = 5
   config.model.ema_rate = 0.9
-  with config.unlocked():
-    config.classifier.width = 8
   config.optim.warmup = 4
   training = config.training
   training.batch_size = 16
