@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from models import utils as mutils
 from models.layers import is_frequency
 from runtime import parallelism
-from runtime.array_types import Flag, RandomKey, Scalar
+from runtime.array_types import Count, Flag, RandomKey, Scalar
 from runtime.registry import Registry
 
 PyTree = Any
@@ -155,10 +155,17 @@ def observer(config: ConfigDict) -> Observer:
   schedule = learning_rate(config)
 
   def observe(state: State, grad: PyTree) -> dict[str, Scalar]:
-    rate = jnp.asarray(schedule(state.step), jnp.float32)
+    rate = jnp.asarray(schedule(updates(state)), jnp.float32)
     return {'gradient_norm': optax.tree.norm(grad), 'learning_rate': rate}
 
   return observe
+
+
+def updates(state: State) -> Count:
+  """How many updates the schedule of the optimizer has seen, which leaves out skipped steps."""
+  of_schedule = lambda path, _: getattr(path[-1], 'tuple_name', '') == 'ScaleByScheduleState'
+  counts = optax.tree.get_all_with_path(state.opt_state, 'count', filtering=of_schedule)
+  return counts[0][1] if counts else state.step  # an optimizer of a user may have none
 
 
 def optimization_manager(config: ConfigDict) -> Callable[[State, PyTree], State]:

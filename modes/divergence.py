@@ -52,13 +52,14 @@ class Guard:
   Args:
     skips: whether the training step skips what is not finite, as `training.on_nonfinite` says.
     most: how many steps in a row may be skipped.
+    skipped: how many were skipped before the run was resumed.
 
   Attributes:
     skipped: the number of steps skipped so far.
   """
 
-  def __init__(self, *, skips: bool, most: int):
-    self.skipped = 0
+  def __init__(self, *, skips: bool, most: int, skipped: int = 0):
+    self.skipped = skipped
     self._most = most if skips else 0
     self._in_a_row = 0
     self._losses: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)

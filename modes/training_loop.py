@@ -21,7 +21,7 @@ from runtime.errors import UserError
 from runtime.preemption import Preemption, to_resume
 from runtime.progress import Pace, duration, memory
 from runtime.stragglers import Stragglers
-from train_state import State
+from train_state import State, updates
 
 PyTree = Any
 TrainStep = Callable[[State, list[PyTree]], tuple[State, PyTree]]
@@ -124,7 +124,9 @@ def train_loop(
       if not drawn:  # else the next start would be beyond this step
         _log_stop(step)
         return None
-    guard = Guard(skips=training.on_nonfinite == 'skip', most=training.max_skipped_steps)
+    skips = training.on_nonfinite == 'skip'
+    skipped = step - int(updates(state)) if skips else 0
+    guard = Guard(skips=skips, most=training.max_skipped_steps, skipped=skipped)
     stragglers = Stragglers()
     unchecked = []
 

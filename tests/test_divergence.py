@@ -20,6 +20,7 @@ from modes.preparation import prepare
 from runtime.errors import UserError
 from runtime.workdir import load_state
 from tests import tiny_config
+from tests.processes import history
 
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
@@ -44,6 +45,7 @@ class Brittle(nn.Module):
 def config_of(**training):
   config = tiny_config.get_config()
   config.model.name = 'brittle'
+  config.optim.warmup = 30
   config.training.batch_size = 4
   config.training.n_iters = 20
   config.training.snapshot_sampling = False
@@ -79,6 +81,9 @@ def test_skipped_steps_are_counted_and_leave_no_trace_in_the_state(tmp_path, cap
   without_loss = [line['step'] for line in written if 'training_loss' not in line]
   assert without_loss == skipped
   assert written[-1]['skipped_steps'] == len(skipped)
+  for line in written:
+    updates = line['step'] - 1 - sum(step < line['step'] for step in skipped)
+    assert line['learning_rate'] == pytest.approx(2e-4 * updates / 30)
   state = final_state(tmp_path / 'whole')
   assert int(state.step) == 20
   counts = [int(x) for x in jax.tree.leaves(state.opt_state) if x.ndim == 0]
@@ -89,6 +94,7 @@ def test_skipped_steps_are_counted_and_leave_no_trace_in_the_state(tmp_path, cap
     run_lib.train(config_of(**skip, n_iters=n_iters), tmp_path / 'parts')
   for a, b in zip(*map(leaves, (state, final_state(tmp_path / 'parts'))), strict=True):
     np.testing.assert_array_equal(a, b)
+  assert history(tmp_path / 'parts') == history(tmp_path / 'whole')
 
 
 def test_more_skipped_steps_in_a_row_than_allowed_stop_the_training():
