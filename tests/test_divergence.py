@@ -42,6 +42,16 @@ class Brittle(nn.Module):
     return nn.Conv(1, (1, 1))(Spoiler()(x, labels))
 
 
+@register_model(name='overflowing')
+class Overflowing(nn.Module):
+  """A network in bfloat16 whose activations leave its range."""
+
+  @nn.compact
+  def __call__(self, x, labels, train=True):
+    h = nn.Conv(1, (1, 1), dtype=jnp.bfloat16, name='inner')(x)
+    return nn.Conv(1, (1, 1), name='outer')(jnp.exp(400 * h).astype(x.dtype))
+
+
 def config_of(**training):
   config = tiny_config.get_config()
   config.model.name = 'brittle'
@@ -137,6 +147,21 @@ def test_the_operation_and_the_layer_that_are_to_blame_are_named(tmp_path):
   )
   with pytest.raises(NonFiniteLoss, match=message):
     run_lib.train(config_of(debug_nans=True), tmp_path)
+
+
+@pytest.mark.parametrize('policy', ['stop', 'skip', 'debug'])
+def test_an_overflow_of_bfloat16_stops_the_training(policy, tmp_path):
+  training = {'debug': {'debug_nans': True}, 'skip': {'on_nonfinite': 'skip'}}.get(policy, {})
+  config = config_of(**training, max_skipped_steps=3)
+  config.model.name = 'overflowing'
+  message = {
+    'stop': r'training_loss is (inf|nan) at step 1, which no checkpoint holds',
+    'skip': r'training_loss is (inf|nan) at step 4, after 3 skipped steps in a row',
+    'debug': r'training_loss is (inf|nan) at step 1. The first value .* exp gives inf',
+  }[policy]
+  with pytest.raises(NonFiniteLoss, match=message):
+    run_lib.train(config, tmp_path)
+  assert not list(tmp_path.glob('checkpoints*/checkpoint_*'))
 
 
 def test_a_finite_run_is_the_same_with_either_policy(tmp_path):
