@@ -75,9 +75,7 @@ def _registered_keys(config: ConfigDict) -> dict[str, dict[str, Any]]:
   defaults = configuration.get_default_configs()
 
   def chosen(section: str, key: str) -> Any:
-    values = config.get(section)
-    default = defaults[section][key]
-    return values.get(key, default) if isinstance(values, ConfigDict) else default
+    return configuration.look_up(config, section, key, defaults[section][key])
 
   # A configuration may set keys of another network or SDE, as the shared recipes do.
   model = dict.fromkeys(mutils.MODELS.all_fields() | sde_lib.SDES.all_fields())

@@ -103,6 +103,12 @@ def override(
   return changed
 
 
+def look_up(config: ConfigDict, section: str, key: str, default: Any) -> Any:
+  """The value of a key in a configuration that may lack it, or have no such section of keys."""
+  values = config.get(section)
+  return values.get(key, default) if isinstance(values, ConfigDict) else default
+
+
 def _without_legacy(config: ConfigDict) -> ConfigDict:
   """The configuration without the keys of the 2021 code that nothing reads.
 
@@ -115,10 +121,11 @@ def _without_legacy(config: ConfigDict) -> ConfigDict:
     del config['device']
   for name, meant in LEGACY.items():
     section, key = name.split('.')
-    if key not in config.get(section, {}):
+    values = config.get(section)
+    if not isinstance(values, ConfigDict) or key not in values:
       continue
-    value = config[section][key]
-    del config[section][key]
+    value = values[key]
+    del values[key]
     if value != meant(config):
       raise UserError(
         f'config.{name}={value!r} is not supported, only {meant(config)!r} is: remove the key or '

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 from ml_collections import ConfigDict
 
+from runtime import configuration
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -196,11 +197,10 @@ def _cpu_devices(config: ConfigDict) -> int:
   the limit.
   """
   sections = ('training', 'eval', 'classifier', 'sampling')
-  sizes = [config.get(section, {}).get('batch_size', 1) for section in sections]
+  sizes = [configuration.look_up(config, section, 'batch_size', 1) for section in sections]
   if not all(isinstance(size, int) for size in sizes):
     return 1  # the configuration is refused later, with a sentence
-  parallel = config.get('parallel', {})
-  layout = [parallel.get(axis, 1) for axis in ('fsdp', 'spatial')]
+  layout = [configuration.look_up(config, 'parallel', axis, 1) for axis in ('fsdp', 'spatial')]
   if not all(isinstance(size, int) and size > 0 for size in layout):
     return 1  # refused later as well
   together = math.prod(layout)

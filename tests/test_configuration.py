@@ -1,11 +1,12 @@
 """Bad input gets one sentence that names the value, the constraint and the fix."""
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs.ve.ncsn import cifar10
 from configs.vp import mnist_ddpmpp_continuous
 from modes.preparation import prepare
-from runtime import parallelism, workdir
+from runtime import parallelism, startup, workdir
 from runtime.errors import UserError
 
 BAD = [
@@ -85,6 +86,14 @@ def test_combinations_that_cannot_work_are_refused(monkeypatch):
   config = mnist_ddpmpp_continuous.get_config()
   monkeypatch.setattr(parallelism, 'batch_parts', lambda: 5)
   with pytest.raises(UserError, match='batch_size=32 cannot be split over 5 devices'):
+    prepare(config)
+
+
+@pytest.mark.parametrize('section', ['training', 'sampling', 'data', 'model', 'parallel'])
+def test_a_number_in_place_of_a_section_is_refused_in_a_sentence(section):
+  config = ConfigDict(mnist_ddpmpp_continuous.get_config().to_dict() | {section: 1})
+  startup._cpu_devices(config)  # reads it before anything is checked
+  with pytest.raises(UserError, match=f'config.{section}=1 is a single value: set it to a sec'):
     prepare(config)
 
 
