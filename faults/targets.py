@@ -312,7 +312,6 @@ TARGETS = {
     (bytes, functools.partial(gzip.compress, compresslevel=1), _tar),
     factor=2 * _DEFLATED,
   ),
-  'svhn': Target(functools.partial(_published, 'SVHN'), 'test_32x32.mat', factor=2 * _DEFLATED),
   'parquet': Target(_store, 'pictures.parquet', factor=_DEFLATED, picture=_PICTURE),
   'arrow': Target(_store, 'pictures.arrow', factor=_DEFLATED, picture=_PICTURE),
   'config': Target(_recorded, 'config.json'),

@@ -26,6 +26,7 @@ def svhn(config: ConfigDict, split: str) -> cache.CachedPictures:
   key = f'SVHN {split} {published.FILES[name].checksum}'
 
   def read() -> ArrayPictures:
+    # Verified first: damaged files can crash the Python that SciPy reads them in.
     path = published.verified(data, name, _FILES.values())
     try:
       arrays = scipy.io.loadmat(path, variable_names=['X', 'y'])

@@ -392,7 +392,7 @@ def test_processes_end_with_the_one_that_started_them_whatever_locks_it_held(tmp
   process = subprocess.Popen(
     [sys.executable, '-c', LEAVE_A_LOCK, tmp_path], cwd=ROOT, stdout=subprocess.PIPE
   )
-  process.communicate(timeout=20)  # until no process has the pipe
+  process.communicate(timeout=60)  # until no process has the pipe
   assert process.returncode == -signal.SIGKILL
 
 

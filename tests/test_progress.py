@@ -97,7 +97,8 @@ def test_observing_a_step_changes_no_bit_and_measures_the_unclipped_gradient():
   config = tiny_config.get_config()
   sde = sde_lib.get_sde(config)
   model, state = train_state.init_state(jax.random.PRNGKey(0), config)
-  state = state.replace(step=jnp.asarray(2, jnp.int32))
+  two = jnp.asarray(2, jnp.int32)
+  state = state.replace(step=two, opt_state=optax.tree.set(state.opt_state, count=two))
   batch = {'image': np.random.RandomState(0).rand(4, 28, 28, 1).astype(np.float32)}
   rng = jax.random.PRNGKey(1)
   plain = losses.build_step_fn(config, sde, model, train=True)
