@@ -10,6 +10,7 @@ import hashlib
 import pathlib
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float64, Real, Shaped
 from ml_collections import ConfigDict
 
@@ -46,7 +47,8 @@ Value = str | int | float  # of one entry of a file of statistics
 _MATRICES = ('mu', 'sigma', 'pool_3')
 _WHOLE = ('count', 'made_image_size', 'made_num_channels')
 _TEXTS = tuple(
-  f'made_{name}' for name in ('extractor', 'scaling', 'fingerprint', 'dataset', 'split', 'checksum')
+  f'made_{name}'
+  for name in ('extractor', 'scaling', 'fingerprint', 'dataset', 'split', 'images', 'checksum')
 )
 
 
@@ -60,7 +62,8 @@ class DatasetStats:
     count: number of images; 0 if the file does not say.
     pool_3: the features, (count, D); None if the file has only their moments.
     provenance: `extractor`, `scaling`, `fingerprint`, `dataset`, `split`, `image_size`,
-      `num_channels` and `checksum` (of the images); empty in files of other programs.
+      `num_channels`, `images` (the fingerprint of their source) and `checksum` (of their pixels);
+      empty in files of other programs.
     split_half: the split-half baseline: numbers of one half of the images against the other.
     name: of the data, for reports.
   """
@@ -117,16 +120,40 @@ def load_dataset_stats(config: ConfigDict, extractor: Extractor) -> DatasetStats
       f'Found no statistics of the data at {path}: make them with --mode=stats and the same '
       f'configuration, or set --config.eval.stats_path to a file of them.'
     )
+  stats = _load_stats(path)
+  _check_stats(stats, path, config=config, extractor=extractor)
+  return stats
+
+
+def check_replaceable(path: pathlib.Path, made: dict[str, Value]) -> None:
+  """Refuses to replace a file that is not of statistics with this provenance, see `provenance`.
+
+  Raises:
+    UserError: if it holds something else, or statistics of other images or settings.
+  """
+  if not path.exists():
+    return
+  old = _load_stats(path).provenance
+  differing = [
+    name for name, value in made.items() if name != 'checksum' and old.get(name, value) != value
+  ]
+  if differing or not old:
+    others = f'of another {" and ".join(differing)}' if old else 'that --mode=stats did not make'
+    raise UserError(
+      f'{path} has statistics {others}, and is not replaced: set eval.stats_path to another file, '
+      f'or remove it.'
+    )
+
+
+def _load_stats(path: pathlib.Path) -> DatasetStats:
   try:
-    stats = _read_stats(npz_file.load_arrays(path, _wanted_arrays), path.name)
+    return _read_stats(npz_file.load_arrays(path, _wanted_arrays), path.name)
   except npz_file.UNREADABLE as error:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(
       f'{path} cannot be read as statistics of the data ({reason}): make them again with '
       f'--mode=stats, or give another file as --config.eval.stats_path.'
     ) from error
-  _check_stats(stats, path, config=config, extractor=extractor)
-  return stats
 
 
 def _wanted_arrays(names: list[str]) -> list[str]:
@@ -211,12 +238,14 @@ def _check_stats(
   stats: DatasetStats, path: pathlib.Path, *, config: ConfigDict, extractor: Extractor
 ) -> None:
   recorded, wanted = stats.provenance, provenance(config, extractor)
-  wanted.pop('checksum')
+  del wanted['checksum'], wanted['images']
   differing = [
     f'{key} (recorded {recorded.get(key)!r}, configured {wanted[key]!r})'
     for key in wanted
     if recorded and recorded.get(key) != wanted[key]
   ]
+  if not differing and recorded.get('images') and _has_other_images(config, recorded['images']):
+    differing = [f'images (others than those of data.path={config.data.path!r})']
   dim = extractor.num_features
   if not differing and (stats.mean.shape != (dim,) or stats.covariance.shape != (dim, dim)):
     differing = [f'number of features (recorded {stats.mean.size}, configured {dim})']
@@ -227,7 +256,19 @@ def _check_stats(
     )
 
 
-def provenance(config: ConfigDict, extractor: Extractor, checksum: str = '') -> dict[str, Value]:
+def _has_other_images(config: ConfigDict, fingerprint: Value) -> bool:
+  """Whether the configured images, if they are here, are others than those of this fingerprint."""
+  try:
+    source = datasets.get_source(config, config.eval.stats_split)
+  except UserError as error:
+    logging.warning('The images are not compared with those of the statistics: %s', error)
+    return False
+  return getattr(source, 'fingerprint', None) not in (None, fingerprint)
+
+
+def provenance(
+  config: ConfigDict, extractor: Extractor, *, images: str = '', checksum: str = ''
+) -> dict[str, Value]:
   """The provenance of statistics under this configuration; see `DatasetStats`."""
   data = config.data
   return {
@@ -238,6 +279,7 @@ def provenance(config: ConfigDict, extractor: Extractor, checksum: str = '') -> 
     'split': config.eval.stats_split,
     'image_size': data.image_size,
     'num_channels': data.num_channels,
+    'images': images,
     'checksum': checksum,
   }
 

@@ -206,8 +206,8 @@ def get_likelihood_fn(
 
   Raises:
     UserError: if the probe or the ODE solver is unknown, or `eps` or `num_probes` is out of range;
-      when the function is called, if the exact divergence is to be taken in more than 4096
-      dimensions.
+      when the function is called, if the images are of another type or range, or the exact
+      divergence is to be taken in more than 4096 dimensions.
   """
   exact = hutchinson_type.lower() == 'exact'
   probe = None if exact else _PROBES.get(hutchinson_type)
@@ -240,6 +240,7 @@ def get_likelihood_fn(
     return -logp / (dim * np.log(2)) + np.log2(n_levels * scale), z, nfe
 
   def call(rng: RandomKey, state: State, data: Levels) -> tuple[PerExample, Batch, int]:
+    _check_levels(data, n_levels)
     if exact and data[0].size > _LARGEST_EXACT:
       raise UserError(
         f'An exact divergence of {data[0].size} dimensions is too expensive (the largest number is '
@@ -249,6 +250,19 @@ def get_likelihood_fn(
     return bpd, z, int(nfe)
 
   return call
+
+
+def _check_levels(data: Levels, n_levels: int) -> None:
+  """Refuses images that are neither float32 (or float64) nor whole numbers in [0, n_levels)."""
+  if data.dtype in (jnp.float32, jnp.float64):
+    return
+  if not jnp.issubdtype(data.dtype, jnp.integer):
+    raise UserError(f'The images are of type {data.dtype}: pass float32, or uint8 grey levels.')
+  kind = jnp.iinfo(data.dtype)
+  if (kind.min < 0 or kind.max >= n_levels) and not jnp.all((data >= 0) & (data < n_levels)):
+    raise UserError(
+      f'The images of type {data.dtype} have values that are no grey levels, 0 to {n_levels - 1}.'
+    )
 
 
 def doubt(bpd: float) -> str:

@@ -35,6 +35,7 @@ from samplers.base import (
   Sampler,
   SamplingFn,
   UpdateFn,
+  check_last_time,
   compile_sampler,
   get_corrector,
   get_predictor,
@@ -126,7 +127,9 @@ def get_sampler(config: ConfigDict, sde: SDE, eps: float | None = None) -> Sampl
     UserError: if a name is unknown or a setting is out of range.
   """
   make = SAMPLERS.get(config.sampling.method)
-  return make(config, sde, sde.sampling_eps if eps is None else eps)
+  eps = sde.sampling_eps if eps is None else eps
+  check_last_time(eps, sde.T)
+  return make(config, sde, eps)
 
 
 def check(config: ConfigDict, sde: SDE, condition: Condition | None = None) -> None:

@@ -75,6 +75,7 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, eval_folder: str) -> Non
     for name in EVALUATIONS.names()
     if config.eval.get(f'enable_{name}')
   ]
+  _warn_of_other_images(workdir, tasks)
   with at_work(folder, f'--eval_folder={eval_folder}'):
     log_start(config)
     report = Report(folder, tasks)
@@ -98,6 +99,21 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, eval_folder: str) -> Non
         seconds = time.monotonic() - start
         logging.info('checkpoint: %d, step: %d, %s: %.1f s', number, step, task.name, seconds)
       report.close(number, tasks)
+
+
+def _warn_of_other_images(workdir: pathlib.Path, tasks: Sequence[Evaluation]) -> None:
+  recorded = _load_json(workdir / 'data.json')
+  if not isinstance(recorded, dict):
+    return
+  known = {recorded.get(split) for split in ('train', 'test')} - {None}
+  for task in tasks:
+    fingerprint = getattr(task.source, 'fingerprint', None)
+    if fingerprint and known and fingerprint not in known:
+      logging.warning(
+        'The images of the evaluation %s are not those that %s was trained or tested on.',
+        task.name,
+        workdir,
+      )
 
 
 def _of_evaluation(name: str) -> bool:
@@ -132,7 +148,12 @@ def _folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
     raise UserError(
       f"--eval_folder={name!r} must be a folder inside --workdir={workdir}, such as 'eval'."
     )
-  return workdir / path.relative_to(root)
+  inside = path.relative_to(root)
+  if inside.parts[0] in (*checkpoints.DIRECTORIES, 'samples'):
+    raise UserError(
+      f"--eval_folder={name!r} has other files of the run: name another folder, such as 'eval'."
+    )
+  return workdir / inside
 
 
 def _check_range(config: ConfigDict, workdir: pathlib.Path, wanted: range) -> None:
@@ -196,6 +217,11 @@ def _load_json(path: pathlib.Path) -> Any:
     return None
 
 
+def _is_report(content: Any) -> bool:
+  """Whether this is a table whose rows are checkpoints, as in report.json."""
+  return _is_table(content) and all(key.isdecimal() for key in content)
+
+
 def _is_table(content: Any) -> bool:
   """Whether this is a dictionary of dictionaries, as in meta.json and report.json."""
   return isinstance(content, dict) and all(isinstance(row, dict) for row in content.values())
@@ -245,7 +271,8 @@ class Report:
     if not path.exists() and not results:
       return empty
     meta = _load_json(path)
-    if not _is_table(meta) or not all(_is_table(meta.get(key)) for key in empty):
+    known = _is_table(meta) and _is_table(meta.get('settings'))
+    if not known or not _is_report(meta.get('checkpoints')):
       raise UserError(
         f'{path} is missing or damaged, so the settings of the results in its folder are unknown: '
         f'use another --eval_folder, or remove {self._folder}.'
@@ -256,7 +283,7 @@ class Report:
     """The content of `report.json`; if that is missing or damaged, the numbers in other files."""
     path = self._folder / 'report.json'
     entries = _load_json(path)
-    if _is_table(entries):
+    if _is_report(entries):
       return entries
     if path.exists():
       logging.warning(

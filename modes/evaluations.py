@@ -9,7 +9,6 @@ An evaluation is a registered class, which `eval.enable_<name>` turns on:
 import abc
 import itertools
 import pathlib
-import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,9 +25,10 @@ import likelihood
 import losses
 import metrics
 import sampling
-from runtime import configuration, npz_file, parallelism, progress, reporting
+from runtime import configuration, parallelism, progress, reporting
 from runtime.array_types import Array, GreyLevels, RandomKey, Scalar
 from runtime.errors import UserError
+from runtime.npz_file import is_whole
 from runtime.registry import Registry
 from runtime.rng import stream
 from runtime.settings import read_keys
@@ -108,19 +108,10 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     return dict(file)
 
 
-def _is_whole(path: pathlib.Path) -> bool:
-  """Whether a file of results exists and is intact."""
-  try:
-    with zipfile.ZipFile(path) as file:
-      return bool(file.namelist()) and file.testzip() is None
-  except npz_file.UNREADABLE:
-    return False
-
-
-def _missing(paths: list[pathlib.Path]) -> list[int]:
-  """The indices of the files that are missing or damaged for the first process."""
+def _missing(paths: list[pathlib.Path], name: str) -> list[int]:
+  """The indices of the files without an intact array `name`, for the first process."""
   first = jax.process_index() == 0
-  found = (parallelism.from_first_process(first and _is_whole(path)) for path in paths)
+  found = (parallelism.from_first_process(first and is_whole(path, name)) for path in paths)
   return [i for i, whole in enumerate(found) if not whole]
 
 
@@ -155,7 +146,7 @@ class Loss(Evaluation):
 
   def is_done(self, number: int) -> bool:
     """See `Evaluation.is_done`."""
-    return _is_whole(self._path(number))
+    return is_whole(self._path(number), 'mean_loss')
 
   def run(self, number: int, state: State) -> None:
     """Writes `ckpt_<number>_loss.npz`.
@@ -210,7 +201,7 @@ class BitsPerDim(Evaluation):
 
   def is_done(self, number: int) -> bool:
     """See `Evaluation.is_done`."""
-    return all(_is_whole(path) for path in self._files(number))
+    return all(is_whole(path, 'bpd') for path in self._files(number))
 
   def run(self, number: int, state: State) -> None:
     """Writes the missing files `<split>_ckpt_<number>_bpd_<R>.npz`: `bpd` (images,) and `nfe`.
@@ -220,7 +211,7 @@ class BitsPerDim(Evaluation):
     """
     root = jax.random.fold_in(stream(self.config.seed, 'bpd'), state.step)
     files, batches = self._files(number), len(self._dataset)
-    missing = _missing(files)
+    missing = _missing(files, 'bpd')
     rounds = progress.bar(
       self._images(missing),
       f'bits/dim of checkpoint {number}',
@@ -309,8 +300,8 @@ class Samples(Evaluation):
   def is_done(self, number: int) -> bool:
     """See `Evaluation.is_done`."""
     if self._extractor is not None:
-      return _is_whole(self._report(number))
-    return all(_is_whole(path) for path in self._files(number, 'samples'))
+      return is_whole(self._report(number), 'warnings')
+    return all(is_whole(path, 'samples') for path in self._files(number, 'samples'))
 
   def run(self, number: int, state: State) -> None:
     """Writes the missing files `samples_<R>.npz` and `statistics_<R>.npz`, and the report of all.
@@ -320,7 +311,8 @@ class Samples(Evaluation):
     """
     root = jax.random.fold_in(stream(self.config.seed, 'sample'), state.step)
     drawn, described = self._files(number, 'samples'), self._files(number, 'statistics')
-    missing = _missing(drawn if self._extractor is None else described)
+    last = (drawn, 'samples') if self._extractor is None else (described, 'logits')
+    missing = _missing(*last)
     with progress.bar(
       what=f'samples of checkpoint {number}',
       total=len(drawn) * self._nfe,
@@ -329,7 +321,7 @@ class Samples(Evaluation):
     ) as bar:
       for r in missing:
         start = bar.n
-        if _missing([drawn[r]]):
+        if _missing([drawn[r]], 'samples'):
           rng = sampling.batch_rng(self.config, root, r, size=self._size)
           samples = self._draw(rng, state, bar)[: self._count - r * self._size]
           self.write(drawn[r], samples=samples)

@@ -25,6 +25,7 @@ from modes import divergence
 from modes.evaluations import EVALUATIONS
 from runtime import checkpoints, configuration, parallelism
 from runtime.errors import UserError
+from runtime.rng import check_seed
 
 # Keys that only some data sets read; a configuration with another data set may keep them.
 _DATA_KEYS = (
@@ -89,6 +90,7 @@ def _registered_keys(config: ConfigDict) -> dict[str, dict[str, Any]]:
 
 def _check_values(config: ConfigDict) -> None:
   training, optim = config.training, config.optim
+  check_seed(config.seed)
   for name in ('image_size', 'num_channels'):
     if config.data[name] < 1:
       raise UserError(f'data.{name}={config.data[name]} must be at least 1.')

@@ -13,6 +13,8 @@ from report.page import Recipe
 from runtime.errors import UserError
 from runtime.files import write_atomic
 
+_BEGINNING = b'<!doctype html>'
+
 
 def make_report(
   workdirs: Sequence[str | pathlib.Path],
@@ -26,6 +28,8 @@ def make_report(
   target = pathlib.Path(path).expanduser() if path else directories[0] / 'report.html'
   if target.is_dir():
     raise UserError(f'--report={path} is a directory: name a file in it, such as report.html.')
+  if not _is_replaceable(target):
+    raise UserError(f'{target} is no report, and is not replaced: set --report to another file.')
   html = page.render(reading.read_runs(directories), recipe, datetime.datetime.now())
   try:
     write_atomic(target, html)
@@ -35,6 +39,15 @@ def make_report(
       f'folder of yours.'
     ) from error
   return target
+
+
+def _is_replaceable(target: pathlib.Path) -> bool:
+  """Whether there is no file, or a page."""
+  try:
+    with target.open('rb') as file:
+      return file.read(len(_BEGINNING)).lower() == _BEGINNING
+  except OSError:  # there is no file, or writing it will fail too
+    return True
 
 
 def split_workdirs(text: str) -> list[str]:

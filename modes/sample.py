@@ -16,7 +16,6 @@ import hashlib
 import json
 import pathlib
 import time
-import zipfile
 from typing import Any
 
 import jax
@@ -35,6 +34,7 @@ from runtime.array_types import GreyLevels, Labels
 from runtime.configuration import differences
 from runtime.errors import UserError
 from runtime.files import locate
+from runtime.npz_file import is_whole
 from runtime.settings import read_keys
 from runtime.workdir import STORAGE, at_work, of_model, read_json
 from sde_lib import SDE
@@ -84,7 +84,7 @@ def _is_done(directory: pathlib.Path, number: int, size: int) -> bool:
     report = read_json(directory / f'report_{number}.json', '')
   except UserError:
     return False
-  whole = zipfile.is_zipfile(directory / f'samples_{number}.npz')
+  whole = is_whole(directory / f'samples_{number}.npz', 'samples')
   return whole and isinstance(report.get('samples'), int) and report['samples'] >= size
 
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 import datasets
 import metrics
-from evaluation import get_extractor, provenance, stats_path
+from evaluation import check_replaceable, get_extractor, provenance, stats_path
 from runtime import parallelism, progress, reporting
 from runtime.array_types import Array, Count, Features, GreyLevels, Scalar, Scaler
 from runtime.errors import UserError
@@ -52,6 +52,8 @@ def write_stats(config: ConfigDict) -> pathlib.Path:
       f'The split {split!r} of {config.data.dataset} has {len(source)} images, and fewer than two '
       f'have no covariance: set eval.stats_split or data.path to a larger set.'
     )
+  made = provenance(config, extractor, images=getattr(source, 'fingerprint', None) or '')
+  check_replaceable(path, made)
   dataset = datasets.Dataset(
     source, batch_size=size, seed=config.seed, shuffle=False, preprocess=None
   )
@@ -70,7 +72,7 @@ def write_stats(config: ConfigDict) -> pathlib.Path:
   moments = features.moments
   baseline = metrics.split_half_baseline(extractor.name, features.halves, features.pool_3)
   arrays = {'mu': moments.mean, 'sigma': moments.covariance(), 'count': moments.count}
-  arrays |= {f'made_{k}': v for k, v in provenance(config, extractor, digest.hexdigest()).items()}
+  arrays |= {f'made_{k}': v for k, v in made.items()} | {'made_checksum': digest.hexdigest()}
   arrays |= {f'floor_{k}': v for k, v in baseline.items()}
   if features.pool_3 is not None:
     arrays['pool_3'] = features.pool_3

@@ -25,8 +25,10 @@ from modes.training_loop import (
 )
 from runtime import parallelism, reporting
 from runtime.array_types import GreyLevels, RandomKey, Scalar
+from runtime.checkpoints import DIRECTORIES
+from runtime.errors import UserError
 from runtime.rng import stream
-from runtime.workdir import at_work, check_run, log_start, record
+from runtime.workdir import at_work, check_run, log_start, read_config, record
 from train_state import State
 
 PyTree = Any
@@ -35,6 +37,12 @@ PyTree = Any
 def check(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Refuses what a training would refuse, but reads no data."""
   check_run(config, workdir)
+  saved = any(path for name in DIRECTORIES for path in workdir.glob(f'{name}/checkpoint_*'))
+  if read_config(workdir) is None and not saved and any(workdir.glob('samples/iter_*')):
+    raise UserError(
+      f'{workdir} has the samples of a training, but neither its checkpoints nor its config.json: '
+      f'use another --workdir, or remove {workdir / "samples"}.'
+    )
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> None:

@@ -156,7 +156,7 @@ def _render(content: Mapping[str, Any]) -> bytes:
   # Bokeh reads a model where it first appears, so the order of the keys matters.
   environment.policies['json.dumps_kwargs'] = {'separators': (',', ':')}
   environment.filters |= {'number': _number, 'text': _text}
-  return environment.get_template('page.html').render(content).encode()
+  return environment.get_template('page.html').render(content).encode(errors='replace')
 
 
 def _number(value: float) -> str:

@@ -61,6 +61,15 @@ def load_arrays(
     return {name: _load_array(archive, name, longest) for name in names}
 
 
+def is_whole(path: pathlib.Path, name: str) -> bool:
+  """Whether a file of ours exists, is intact and has an array of this name."""
+  try:
+    with zipfile.ZipFile(path) as archive:
+      return f'{name}.npy' in archive.namelist() and archive.testzip() is None
+  except UNREADABLE:
+    return False
+
+
 def _load_array(archive: zipfile.ZipFile, name: str, longest: int) -> np.ndarray:
   """Reads one array, after a check of its length: a header can ask for any amount of memory."""
   entry = archive.getinfo(f'{name}.npy')

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -41,6 +42,12 @@ def check_writable(path: pathlib.Path, setting: str) -> None:
   Raises:
     UserError: if they cannot; the message names the `setting` that chose the directory.
   """
+  try:
+    os.fspath(path).encode()  # which the library that writes checkpoints needs
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f'{setting}: the path {os.fspath(path)!a} is not UTF-8: choose another folder.'
+    ) from error
   try:
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):

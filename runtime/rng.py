@@ -34,6 +34,18 @@ def stream(seed: int, name: str) -> RandomKey:
   return jax.random.fold_in(jax.random.PRNGKey(seed), _STREAMS[name])
 
 
+def check_seed(seed: int) -> int:
+  """The seed as an integer.
+
+  Raises:
+    UserError: if it is none in [0, 2^32).
+  """
+  whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+  if not whole or not 0 <= seed < 2**32:
+    raise UserError(f'seed={seed!r} must be a whole number in [0, 2^32).')
+  return int(seed)
+
+
 def key_shape(rng: object) -> tuple[int, ...]:
   """The shape of an array of random keys, typed or raw; () for a single key.
 

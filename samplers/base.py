@@ -137,6 +137,18 @@ class Condition(flax.struct.PyTreeNode):
     return x
 
 
+def check_last_time(eps: float, end: float) -> None:
+  """Checks the time at which sampling from the time `end` stops.
+
+  Raises:
+    UserError: if it is not in [0, end).
+  """
+  if not 0 <= eps < end:
+    raise UserError(
+      f'eps={eps} must be a time in [0, {end}), at which sampling stops: set it to 1e-3.'
+    )
+
+
 class Sampler(abc.ABC):
   """A sampling algorithm in steps, between which a long run can show x_t and can be stopped.
 

@@ -42,6 +42,7 @@ Blocks = Float[Array, 'B rows columns C entries']
 Mask = Shaped[Array, 'B *dims']
 ClassLabels = Integer[Array, 'B ...']  # (B,), or (B, 1) where every image is a batch of its own
 Basis = Float[np.ndarray, 'size size']
+_Given = Shaped[Array, 'B H W C']  # from callers, and checked
 
 
 def _identity(x: Batch) -> Batch:
@@ -115,14 +116,26 @@ class Imputation(Condition):
     return self._fill(x, self.known) if self.exact else x
 
 
-def inpainting(sde: SDE, images: Images, mask: Array) -> Imputation:
+def _check_range(images: _Given) -> None:
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise UserError(
+      f'The known images are of type {images.dtype}: pass floats in the range of the network, such '
+      f'as scaler(images / 255).'
+    )
+
+
+def inpainting(sde: SDE, images: _Given, mask: Array) -> Imputation:
   """The condition that the pixels of `images` where `mask` is nonzero are known.
 
   Args:
     sde: the forward SDE.
     images: (B, H, W, C), in the network's range.
     mask: an array that broadcasts to the shape of `images`.
+
+  Raises:
+    UserError: if the images are whole numbers, such as grey levels.
   """
+  _check_range(images)
   return Imputation(sde, images, jnp.broadcast_to(mask, images.shape))
 
 
@@ -187,18 +200,22 @@ def _first_known(coordinates: Entries) -> Entries:
   return jnp.zeros(coordinates.shape).at[..., 0].set(1.0)
 
 
-def colorization(sde: SDE, gray: Images) -> Imputation:
+def colorization(sde: SDE, gray: _Given) -> Imputation:
   """The condition that the mean over the channels of `gray` is known (appendix I.3).
 
   Args:
     sde: the forward SDE.
     gray: (B, H, W, C), in the network's range; only the mean over the channels is used.
+
+  Raises:
+    UserError: if the images are whole numbers, such as grey levels.
   """
+  _check_range(gray)
   known = _to_basis(gray)
   return Imputation(sde, known, _first_known(known), _to_basis, _from_basis)
 
 
-def super_resolution(sde: SDE, images: Images, factor: int) -> Imputation:
+def super_resolution(sde: SDE, images: _Given, factor: int) -> Imputation:
   """The condition that the mean over each block of `factor` x `factor` pixels is known.
 
   Args:
@@ -207,8 +224,10 @@ def super_resolution(sde: SDE, images: Images, factor: int) -> Imputation:
     factor: the side of a block, in pixels.
 
   Raises:
-    UserError: if `factor` is below 2 or does not divide the height and the width.
+    UserError: if `factor` is below 2 or does not divide the height and the width, or the images
+      are whole numbers, such as grey levels.
   """
+  _check_range(images)
   _, height, width, _ = images.shape
   if factor < 2 or height % factor or width % factor:
     raise UserError(

@@ -19,6 +19,7 @@ from samplers.base import (
   Condition,
   Sampler,
   SamplingFn,
+  check_last_time,
   compile_sampler,
   register_sampler,
 )
@@ -118,8 +119,9 @@ def get_ode_sampler(
     continuous: whether the network was trained on continuous time.
 
   Raises:
-    UserError: if the ODE solver is unknown.
+    UserError: if the ODE solver is unknown, or `eps` is out of range.
   """
+  check_last_time(eps, sde.T)
   solver = ode_solver.check_method(method)
   sampler = ODESampler(sde, denoise=denoise, rtol=rtol, atol=atol, solver=solver, eps=eps)
   return compile_sampler(

@@ -16,6 +16,7 @@ PyTree = Any
 
 # The names of SciPy, which the `method` arguments of the 2021 code take, and those of diffrax.
 _SCIPY = {'RK45': 'Dopri5', 'RK23': 'Bosh3', 'DOP853': 'Dopri8'}
+_LEAST_STEP = 1e-9  # relative to the whole interval
 
 
 def check_method(method: str) -> str:
@@ -71,7 +72,8 @@ def solve(
     rtol: the relative tolerance.
     atol: the absolute tolerance.
     method: 'RK45', 'RK23', 'DOP853' or the name of an explicit Runge-Kutta method in diffrax.
-    max_steps: the largest number of steps; a solution that needs more is NaN.
+    max_steps: the largest number of steps; a solution that needs more, or steps shorter than a
+      billionth of the interval, is NaN.
 
   Returns:
     y(t1), a tree like `y0`, and the NFE, which here is the number of calls of `drift`.
@@ -94,7 +96,10 @@ def solve(
     t1,
     dt0=0.01 * (t1 - t0),  # only a first guess: a step whose error is too large is repeated
     y0=y0,
-    stepsize_controller=diffrax.PIDController(rtol, atol),
+    # Where the drift is not finite, every step is refused: the least one ends that.
+    stepsize_controller=diffrax.PIDController(
+      rtol, atol, dtmin=_LEAST_STEP * abs(t1 - t0), force_dtmin=False
+    ),
     max_steps=max_steps,
     throw=False,  # a program that can raise calls the host, and such a program is never cached
     adjoint=diffrax.ForwardMode(),  # no solution is differentiated backwards, so none is stored

@@ -23,6 +23,7 @@ from samplers.base import (
   Predictor,
   Sampler,
   SamplingFn,
+  check_last_time,
   compile_sampler,
   get_corrector,
   get_predictor,
@@ -261,7 +262,11 @@ def get_pc_sampler(
     continuous: whether the network was trained on continuous time.
     denoise: whether to return the last update without its noise.
     eps: the last time.
+
+  Raises:
+    UserError: if `eps` is out of range.
   """
+  check_last_time(eps, sde.T)
   sampler = PredictorCorrector(
     sde,
     predictor or NonePredictor,

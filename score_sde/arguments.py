@@ -92,18 +92,6 @@ def _check_finite(x: Float[Array, 'B H W C'], name: str) -> None:
     )
 
 
-def check_seed(seed: int) -> int:
-  """The seed as an integer.
-
-  Raises:
-    UserError: if it is none in [0, 2^32).
-  """
-  whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
-  if not whole or not 0 <= seed < 2**32:
-    raise UserError(f'seed={seed!r} must be a whole number in [0, 2^32).')
-  return int(seed)
-
-
 def as_floats(images: _Batch) -> Float[np.ndarray, 'B H W C']:
   """Grey levels divided by 255; floats as they are."""
   return images / np.float32(255) if images.dtype == np.uint8 else images

@@ -22,14 +22,14 @@ from modes.drawing import TaskSampler, round_sizes
 from runtime import configuration, reporting
 from runtime.array_types import GreyLevels, Images, PerExample
 from runtime.errors import UserError
-from runtime.rng import stream
+from runtime.rng import check_seed, stream
+from runtime.settings import read_keys
 from samplers.base import Callback
 from score_sde.arguments import (
   as_floats,
   check_continuous,
   check_images,
   check_latents,
-  check_seed,
   in_parts,
 )
 from train_state import State
@@ -110,9 +110,14 @@ class TrainedModel:
     config.sampling.batch_size = size
     if classifier is not None:
       config.classifier.checkpoint = str(classifier)
-    draw, sampler = self._once(
+    draw, sampler, read = self._once(
       self._compile_sampler, config, config.sampling, config.classifier.checkpoint
     )
+    if unread := [name for name in settings if f'sampling.{name}' not in read]:
+      raise UserError(
+        f'{", ".join(unread)} has no effect with task={config.sampling.task!r} and method='
+        f'{config.sampling.method!r}: leave it out, or choose another.'
+      )
     _check_use(config.sampling.task, draw.task.uses_images, images)
     if images is None:
       images = np.broadcast_to(np.float32(0), (n, *self.image_shape))
@@ -126,9 +131,13 @@ class TrainedModel:
       most = max(most, nfe)
     return np.concatenate(samples), most
 
-  def _compile_sampler(self, config: ConfigDict) -> tuple[TaskSampler, sampling.SamplingFn]:
+  def _compile_sampler(
+    self, config: ConfigDict
+  ) -> tuple[TaskSampler, sampling.SamplingFn, tuple[str, ...]]:
+    """The sampler, and the names of the settings that it depends on."""
     draw = TaskSampler(config, self.sde)
-    return draw, draw.compile(self.model)
+    read = read_keys(lambda config: TaskSampler(config, self.sde), config)
+    return draw, draw.compile(self.model), read
 
   def bits_per_dim(
     self, images: Images | GreyLevels, *, seed: int = 0, **settings: Any

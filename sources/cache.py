@@ -65,6 +65,7 @@ class CachedPictures(BatchReader):
     class_names: the names of the labels.
     fingerprint: SHA-256 of the sizes, the labels and checksums of the pixels of all pictures.
     num_skipped: how many files were skipped.
+    num_bad: how many of these were found to be damaged only when they were read.
   """
 
   folder: pathlib.Path
@@ -78,6 +79,7 @@ class CachedPictures(BatchReader):
   class_names: tuple[str, ...]
   fingerprint: str
   num_skipped: int
+  num_bad: int = 0
 
   def __len__(self) -> int:
     """The number of pictures."""
@@ -185,7 +187,14 @@ def prepared(data: ConfigDict, split: str, pictures: Pictures, framing: Framing)
       if not (folder / 'index.npz').exists():  # another process may have made it meanwhile
         workers = data.num_workers or available_cores()
         _build(maker, workers, data.max_bad, f'{data.dataset}/{split}')
-  return _open(folder, framing.size, data.num_channels)
+  opened = _open(folder, framing.size, data.num_channels)
+  if opened.num_bad > data.max_bad:
+    raise UserError(
+      f'{opened.num_bad} pictures of {data.dataset}/{split} cannot be used, more than data.max_bad='
+      f'{data.max_bad} ({folder / "skipped.csv"} lists them): repair or remove them, or set a '
+      f'larger data.max_bad.'
+    )
+  return opened
 
 
 @contextmanager
@@ -214,6 +223,7 @@ def _open(folder: pathlib.Path, size: int, num_channels: int) -> CachedPictures:
       class_names=tuple(about['class_names']),
       fingerprint=about['fingerprint'],
       num_skipped=about['num_skipped'],
+      num_bad=int(about.get('num_bad', 0)),  # which older caches do not record
     )
   except (*npz_file.UNREADABLE, LookupError, TypeError) as error:
     raise _damaged(path) from error
@@ -258,11 +268,16 @@ def _build(maker: ShardMaker, workers: int, max_bad: int, title: str) -> None:
     csv.writer(text).writerows([('file', 'reason'), *skipped])
     write_atomic(path, text.getvalue().encode(errors='surrogateescape'))
     logging.warning('Not all pictures are used, %s; %s lists them.', summary(skipped), path)
-  _write_index(maker, shards, labels, len(skipped))
+  _write_index(maker, shards, labels, num_skipped=len(skipped), num_bad=len(bad))
 
 
 def _write_index(
-  maker: ShardMaker, shards: list[Shard], labels: Int[np.ndarray, ' N'], num_skipped: int
+  maker: ShardMaker,
+  shards: list[Shard],
+  labels: Int[np.ndarray, ' N'],
+  *,
+  num_skipped: int,
+  num_bad: int,
 ) -> None:
   """Completes a cache."""
   shapes = [shape for shard in shards for shape in shard.shapes]
@@ -272,6 +287,7 @@ def _write_index(
     'class_names': list(maker.pictures.class_names),
     'fingerprint': digest.hexdigest(),
     'num_skipped': num_skipped,
+    'num_bad': num_bad,
   }
   reporting.write_npz(
     maker.folder / 'index.npz',

@@ -10,6 +10,8 @@ from runtime import parallelism, startup, workdir
 from runtime.errors import UserError
 
 BAD = [
+  ('seed', -1, r'seed=-1 must be a whole number in \[0, 2\^32\)'),
+  ('seed', 2**32, r'seed=4294967296 must be a whole number'),
   ('training.sde', 'vp', "Unknown SDE 'vp': choose one of .*subvpsde, vesde, vpsde"),
   ('model.name', 'unet', "Unknown model 'unet': choose one of .*ncsnpp"),
   ('sampling.predictor', 'em', "Unknown predictor 'em': choose one of ancestral_sampling"),
@@ -46,9 +48,9 @@ BAD = [
 def test_bad_field_is_refused_in_a_sentence(field, value, message):
   config = mnist_ddpmpp_continuous.get_config()
   config.sampling.corrector = 'langevin'
-  section, key = field.split('.')
+  *sections, key = field.split('.')
   with config.unlocked(), config.ignore_type():
-    config[section][key] = value
+    (config[sections[0]] if sections else config)[key] = value
   with pytest.raises(UserError, match=message) as raised:
     prepare(config)
   assert '\n' not in str(raised.value)

@@ -14,6 +14,7 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import datasets
 import evaluation
@@ -545,3 +546,40 @@ def test_two_processes_get_the_halves_of_each_batch(monkeypatch):
     halves.append([batch['image'] for batch in dataset.once()])
   for joined, parts in zip(whole, zip(*halves, strict=True), strict=True):
     np.testing.assert_array_equal(joined, np.concatenate(parts))
+
+
+def pictures_of(tmp_path, seed):
+  """The configuration of a folder of pictures, which has the same name whatever they are."""
+  folder = tmp_path / str(seed) / 'images'
+  folder.mkdir(parents=True)
+  for i, pixels in enumerate(np.random.RandomState(seed).randint(0, 256, (4, 28, 28), np.uint8)):
+    Image.fromarray(pixels).save(folder / f'{i}.png')
+  config = tiny_config.get_config()
+  config.data.update(dataset='ImageFolder', path=str(folder))
+  config.eval.update(stats_path=str(tmp_path / 'stats.npz'), sigma_max_images=0)
+  return prepare(config)
+
+
+def test_statistics_of_other_pictures_are_neither_used_nor_replaced(tmp_path):
+  cats, dogs = (pictures_of(tmp_path, seed) for seed in (0, 1))
+  path = stats_mode.write_stats(cats)
+  evaluation.load_dataset_stats(cats, evaluation.get_extractor(cats))
+  with pytest.raises(UserError, match=r'stats.npz does not fit the .*: images \(others than those'):
+    evaluation.load_dataset_stats(dogs, evaluation.get_extractor(dogs))
+  before = path.read_bytes()
+  with pytest.raises(UserError, match='has statistics of another images, and is not replaced: set'):
+    stats_mode.write_stats(dogs)
+  assert path.read_bytes() == before
+  stats_mode.write_stats(cats)  # the same images may be described again
+  path.write_text('precious')
+  with pytest.raises(UserError, match='stats.npz cannot be read as statistics'):
+    stats_mode.write_stats(cats)
+  assert path.read_text() == 'precious'
+
+
+def test_statistics_are_used_where_their_pictures_are_not(tmp_path, caplog):
+  cats = pictures_of(tmp_path, 0)
+  stats_mode.write_stats(cats)
+  cats.data.path = str(tmp_path / 'gone' / 'images')
+  assert evaluation.load_dataset_stats(cats, evaluation.get_extractor(cats)).count
+  assert 'The images are not compared with those of the statistics: ' in caplog.text

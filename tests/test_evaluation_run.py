@@ -330,6 +330,8 @@ def test_what_cannot_be_evaluated_is_refused_before_sampling(workdir, monkeypatc
     ("--eval_folder='eval/..' must be a folder inside", {'folder': 'eval/..'}),
     ("--eval_folder='' must be a folder inside", {'folder': ''}),
     (f"--eval_folder='{tmp_path}' must be a folder inside", {'folder': str(tmp_path)}),
+    ("--eval_folder='samples' has other files of the run", {'folder': 'samples'}),
+    ("--eval_folder='checkpoints/a' has other files of the run", {'folder': 'checkpoints/a'}),
     ('1 samples have no covariance', {'eval__num_samples': 1}),
     ('eval.begin_ckpt=5 is greater than eval.end_ckpt=4', {'eval__begin_ckpt': 5}),
     (r'no checkpoints \[5, 6\]: it has \[1, 2, 3, 4\]', {'eval__end_ckpt': 6}),
@@ -459,13 +461,13 @@ def test_damaged_files_of_results_are_computed_again(trained, uninterrupted, tmp
     np.testing.assert_array_equal(ours[name], theirs[name], err_msg=str(name))
 
 
-@pytest.mark.parametrize('damage', [*DAMAGES, 'a list', 'missing'])
+@pytest.mark.parametrize('damage', [*DAMAGES, 'a list', 'a word', 'missing'])
 def test_a_damaged_report_is_made_again_and_a_damaged_record_refused(
   damage, uninterrupted, monkeypatch, tmp_path, caplog
 ):
   workdir = tmp_path / 'run'
   shutil.copytree(uninterrupted.parent, workdir)
-  change = DAMAGES | {'a list': lambda data: b'[1, 2]'}
+  change = DAMAGES | {'a list': lambda data: b'[1, 2]', 'a word': lambda data: b'{"x": {}}'}
 
   def spoil(name):
     path = workdir / 'eval' / name
@@ -484,6 +486,15 @@ def test_a_damaged_report_is_made_again_and_a_damaged_record_refused(
   spoil('meta.json')
   with pytest.raises(UserError, match='meta.json is missing or damaged, .*another --eval'):
     evaluated(workdir, monkeypatch)
+
+
+def test_images_that_are_not_those_of_the_run_are_reported(workdir, caplog):
+  pictures = workdir / 'pictures' / 'test'
+  for path in pictures.iterdir():
+    Image.open(path).point(lambda level: 255 - level).save(path)
+  settings = BOTH | {'data.dataset': 'ImageFolder', 'data.path': f'{workdir}/pictures'}
+  run_lib.evaluate(configured(settings), workdir)
+  assert 'The images of the evaluation loss are not those that ' in caplog.text
 
 
 def test_samples_that_are_not_finite_stop_it_before_they_are_written(workdir, monkeypatch):

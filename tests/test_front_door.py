@@ -296,3 +296,8 @@ def test_bits_per_dim_below_zero_come_with_a_warning(trained, monkeypatch, caplo
   bpd = trained.bits_per_dim(grey_levels(2), rtol=0.5)
   assert bpd.mean() == -0.5
   assert '-0.5 bits/dim cannot be: set likelihood.rtol and likelihood.atol lower.' in caplog.text
+
+
+def test_a_setting_without_effect_is_refused(trained):
+  with pytest.raises(UserError, match="^label has no effect with task='unconditional' and method="):
+    trained.sample(1, label=3)

@@ -236,3 +236,26 @@ def test_a_solution_that_needs_too_many_steps_is_nan_and_its_program_is_cached()
   assert np.isnan(program(jnp.ones(3), 2)).all()
   # A call of the host is what keeps a program out of the persistent cache.
   assert 'callback' not in program.lower(jnp.ones(3), 100).as_text()
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_a_drift_that_is_not_finite_ends_the_solution_soon(value):
+  drift = lambda t, y: jnp.full_like(y, value)
+  y, nfe = jax.jit(lambda y: ode_solver.solve(drift, y, t0=0.0, t1=1.0))(jnp.ones(3))
+  assert np.isnan(y).all()
+  assert nfe < 1000
+
+
+@pytest.mark.parametrize(
+  ('images', 'message'),
+  [
+    (np.full((2, 4, 4, 1), 300, np.uint16), 'uint16 have values that are no grey levels, 0 to 255'),
+    (np.full((2, 4, 4, 1), -1, np.int8), 'int8 have values that are no grey levels, 0 to 255'),
+    (np.ones((2, 4, 4, 1), np.float16), 'of type float16: pass float32, or uint8 grey levels'),
+  ],
+)
+def test_images_that_are_no_grey_levels_have_no_likelihood(images, message):
+  sde, model, state = tiny_gaussian()
+  likelihood_fn = likelihood.get_likelihood_fn(sde, model, lambda x: x)
+  with pytest.raises(UserError, match=message):
+    likelihood_fn(jax.random.PRNGKey(0), state, images)

@@ -234,6 +234,11 @@ def test_too_many_bad_pictures_are_an_error_and_hidden_ones_do_not_count(config,
   ):
     sources_of(config, folder, max_bad=0)
   assert by_content(*sources_of(config, folder, max_bad=3)) == EXPECTED
+  # The cache that was made remembers them.
+  with pytest.raises(
+    UserError, match='cannot be used, more than data.max_bad=0 .*skipped.csv lists'
+  ):
+    sources_of(config, folder, max_bad=0)
 
 
 def test_a_folder_of_bad_pictures_is_refused(config, tmp_path):

@@ -629,3 +629,22 @@ def test_a_phone_needs_no_horizontal_scrolling(opened):
   widths = opened.locator('.plot').evaluate_all('plots => plots.map(p => p.offsetWidth)')
   assert min(widths) > 280
   assert max(widths) <= 360
+
+
+def test_a_file_that_is_no_report_is_not_replaced(run):
+  before = (run / 'config.json').read_bytes()
+  with pytest.raises(
+    UserError, match='config.json is no report, and is not replaced: set --report'
+  ):
+    run_lib.make_report([run], run / 'config.json')
+  assert (run / 'config.json').read_bytes() == before
+  run_lib.make_report([run])
+  run_lib.make_report([run])  # a report is
+
+
+def test_a_path_that_is_not_utf8_is_shown_with_a_mark(run):
+  path = run / 'config.json'
+  config = json.loads(path.read_text())
+  config['data']['path'] = '/pictures/caf\udce9'
+  path.write_text(json.dumps(config))
+  assert '/pictures/caf?' in run_lib.make_report([run]).read_text()

@@ -271,3 +271,21 @@ def test_samples_of_other_settings_are_not_mixed_in(trained):
 def test_sampling_without_a_checkpoint_is_refused(tmp_path):
   with pytest.raises(UserError, match='holds no checkpoint: train there first'):
     sample(tmp_path)
+
+
+def test_a_damaged_round_is_drawn_again(trained):
+  directory = sample(trained, method='heun', n_steps=3)
+  path = directory / 'samples_0.npz'
+  expected = path.read_bytes()
+  for content in (
+    expected[: len(expected) // 2]
+    + bytes([expected[len(expected) // 2] ^ 1])
+    + expected[len(expected) // 2 + 1 :],
+    (trained / 'checkpoints').name.encode(),
+  ):
+    path.write_bytes(content)
+    sample(trained, method='heun', n_steps=3)
+    assert path.read_bytes() == expected
+  np.savez(path, others=np.zeros(3))
+  sample(trained, method='heun', n_steps=3)
+  assert path.read_bytes() == expected

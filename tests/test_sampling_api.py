@@ -337,3 +337,27 @@ def test_names_in_a_configuration_are_found_in_any_case():
   method = method_of(method='PC', predictor='Reverse_Diffusion', corrector='LANGEVIN')
   assert method.predictor is sampling.ReverseDiffusionPredictor
   assert method.corrector is sampling.LangevinCorrector
+
+
+@pytest.mark.parametrize('eps', [2.0, 1.0, -1.0, float('nan')])
+def test_a_last_time_outside_the_range_is_refused(eps):
+  sde, config = sde_lib.VPSDE(), prepare(tiny_config.get_config())
+  model, shape = tiny_config.Tiny(), (1, 4, 4, 1)
+  for make in (
+    lambda: sampling.get_pc_sampler(sde, model, shape, None, None, lambda x: x, 0.1, eps=eps),
+    lambda: sampling.get_ode_sampler(sde, model, shape, lambda x: x, eps=eps),
+    lambda: sampling.get_sampler(config, sde, eps),
+  ):
+    with pytest.raises(UserError, match=r'must be a time in \[0, 1.0\), at which sampling'):
+      make()
+
+
+def test_grey_levels_are_no_known_images():
+  images = np.zeros((1, 4, 4, 3), np.uint8)
+  for condition in (
+    lambda: control.inpainting(sde_lib.VPSDE(), images, np.ones((1, 4, 4, 1))),
+    lambda: control.colorization(sde_lib.VPSDE(), images),
+    lambda: control.super_resolution(sde_lib.VPSDE(), images, 2),
+  ):
+    with pytest.raises(UserError, match='of type uint8: pass floats in the range of the network'):
+      condition()

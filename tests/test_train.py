@@ -269,3 +269,21 @@ def test_no_signal_interrupts_the_end_of_the_last_save(tmp_path, monkeypatch):
   finally:
     signal.signal(signal.SIGTERM, previous)
   assert not came
+
+
+def test_samples_of_a_training_that_is_gone_are_not_taken_for_those_of_another(tmp_path):
+  config = tiny_config.get_config()
+  config.training.n_iters = 5
+  run_lib.train(config, tmp_path)
+  for name in ('checkpoints', 'checkpoints-meta'):
+    shutil.rmtree(tmp_path / name)
+  (tmp_path / 'config.json').unlink()
+  config.optim.lr = 1e-2
+  with pytest.raises(UserError, match='has the samples of a training, but neither its checkpoints'):
+    run_lib.train(config, tmp_path)
+
+
+def test_a_folder_whose_name_is_not_utf8_is_refused_before_training(tmp_path):
+  with pytest.raises(UserError, match=r"caf.udce9' is not UTF-8: choose another folder"):
+    run_lib.train(tiny_config.get_config(), tmp_path / 'caf\udce9')
+  assert list(tmp_path.iterdir()) == []
