@@ -42,10 +42,10 @@ def make_report(
 
 
 def _is_replaceable(target: pathlib.Path) -> bool:
-  """Whether there is no file, or a page."""
+  """Whether there is no file, an empty one, or a page."""
   try:
     with target.open('rb') as file:
-      return file.read(len(_BEGINNING)).lower() == _BEGINNING
+      return file.read(len(_BEGINNING)).lower() in (b'', _BEGINNING)
   except OSError:  # there is no file, or writing it will fail too
     return True
 

@@ -53,6 +53,11 @@ def _check_settings(config: ConfigDict) -> None:
   datasets.check_batch_size(settings.batch_size, 'sampling.batch_size')
   if settings.num_samples < 1:
     raise UserError(f'sampling.num_samples={settings.num_samples} must be at least 1.')
+  if settings.trajectory_every < 0:
+    raise UserError(
+      f'sampling.trajectory_every={settings.trajectory_every} must not be negative: set it to 0 '
+      f'for no GIF.'
+    )
 
 
 def sample(config: ConfigDict, workdir: pathlib.Path, checkpoint_number: int | None) -> None:

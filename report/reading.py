@@ -396,12 +396,14 @@ def _speed(run: Run) -> tuple[float, str] | None:
 
 def short_labels(paths: list[pathlib.Path]) -> list[str]:
   """The last parts of the paths, as many as tell them apart."""
+  if len({path.resolve() for path in paths}) < len(paths):
+    raise UserError('--workdir names the same directory twice: name each run once.')
   absolute = [path.absolute() for path in paths]
   for count in range(1, max(len(path.parts) for path in absolute) + 1):
     labels = ['/'.join(path.parts[-count:]) for path in absolute]
     if len(set(labels)) == len(labels):
-      return labels
-  raise UserError('--workdir names the same directory twice: name each run once.')
+      break
+  return labels
 
 
 def read_runs(paths: list[pathlib.Path]) -> list[Run]:

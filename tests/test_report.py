@@ -269,6 +269,8 @@ def test_what_is_no_run_is_refused(tmp_path):
 def test_the_same_run_twice_is_refused(run):
   with pytest.raises(UserError, match='twice'):
     run_lib.make_report([run, run])
+  with pytest.raises(UserError, match='twice'):
+    run_lib.make_report([run, run / '..' / run.name])
 
 
 def test_a_report_that_cannot_be_written_is_a_sentence(run):
@@ -638,8 +640,9 @@ def test_a_file_that_is_no_report_is_not_replaced(run):
   ):
     run_lib.make_report([run], run / 'config.json')
   assert (run / 'config.json').read_bytes() == before
-  run_lib.make_report([run])
-  run_lib.make_report([run])  # a report is
+  (run / 'empty.html').touch()
+  for name in ('report.html', 'report.html', 'empty.html'):  # a report may be, and an empty file
+    run_lib.make_report([run], run / name)
 
 
 def test_a_path_that_is_not_utf8_is_shown_with_a_mark(run):

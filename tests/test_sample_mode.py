@@ -268,6 +268,11 @@ def test_samples_of_other_settings_are_not_mixed_in(trained):
     sample(trained, method='dpm_solver++', n_steps=4)
 
 
+def test_a_negative_number_of_steps_between_frames_is_refused(trained):
+  with pytest.raises(UserError, match='sampling.trajectory_every=-1 must not be negative'):
+    sample(trained, trajectory_every=-1)
+
+
 def test_sampling_without_a_checkpoint_is_refused(tmp_path):
   with pytest.raises(UserError, match='holds no checkpoint: train there first'):
     sample(tmp_path)
