@@ -208,9 +208,14 @@ def colorization(sde: SDE, gray: _Given) -> Imputation:
     gray: (B, H, W, C), in the network's range; only the mean over the channels is used.
 
   Raises:
-    UserError: if the images are whole numbers, such as grey levels.
+    UserError: if the images are whole numbers, such as grey levels, or have one channel.
   """
   _check_range(gray)
+  if gray.shape[-1] == 1:
+    raise UserError(
+      f'Images of shape {gray.shape} have one channel, whose mean is the image itself: pass images '
+      f'of several channels, such as jnp.repeat(gray, 3, -1) for a network in colour.'
+    )
   known = _to_basis(gray)
   return Imputation(sde, known, _first_known(known), _to_basis, _from_basis)
 

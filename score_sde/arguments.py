@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from runtime.array_types import Array, GreyLevels, Images
+from runtime.array_types import Array, GreyLevels, Images, PerExample
 from runtime.errors import UserError
 
 _Batch = Shaped[np.ndarray, 'B H W C']
@@ -65,6 +65,17 @@ def check_latents(z: Images, shape: tuple[int, int, int]) -> Float[np.ndarray, '
     raise UserError(f'z is of type {z.dtype}: pass floats, such as those of encode().')
   _check_finite(z, 'z')
   return z.astype(np.float32)
+
+
+def check_times(t: PerExample, end: float) -> None:
+  """Checks times, (B,), of a diffusion that ends at the time `end`.
+
+  Raises:
+    UserError: if one of them is not in (0, end].
+  """
+  t = np.asarray(t)
+  if wrong := t[~((t > 0) & (t <= end))].tolist():  # both comparisons are false for NaN
+    raise UserError(f't has the value {wrong[0]:.4g}, but times are in (0, {end:g}]: correct it.')
 
 
 def _check_batch(x: Images | GreyLevels, name: str, shape: tuple[int, int, int]) -> _Batch:

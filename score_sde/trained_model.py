@@ -30,6 +30,7 @@ from score_sde.arguments import (
   check_continuous,
   check_images,
   check_latents,
+  check_times,
   in_parts,
 )
 from train_state import State
@@ -231,7 +232,8 @@ class TrainedModel:
     It is compiled, and may be called inside other compiled functions.
 
     Raises:
-      UserError: if the shapes do not fit.
+      UserError: if the shapes do not fit, x_t is not of floats, or a time is not in (0, T]; that is
+        not checked inside other compiled functions.
     """
     shape, times = np.shape(x_t), np.shape(t)
     if shape[1:] != self.image_shape or times != shape[:1]:
@@ -239,6 +241,13 @@ class TrainedModel:
         f'x_t is of shape {shape} and t of shape {times}: pass x_t of shape (B, '
         f'{", ".join(map(str, self.image_shape))}) and t of shape (B,).'
       )
+    if not jnp.issubdtype(dtype := jnp.result_type(x_t), jnp.floating):
+      raise UserError(
+        f'x_t is of type {dtype}: pass floats in the range of the network, such as '
+        f'scaler(images / 255).'
+      )
+    if not isinstance(t, jax.core.Tracer):
+      check_times(t, self.sde.T)
     return self._score(self.state.params_ema, self.state.model_state, x_t, t)
 
   @functools.cached_property

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from absl import logging
 from jaxtyping import UInt8
 
 from runtime.errors import UserError
@@ -120,9 +121,16 @@ def read_labels(store: Store) -> dict[str, Any] | None:
     about = json.loads(store.read(File(LABELS)))
     if not isinstance(about, dict) or 'labels' not in about:
       return None
-    return dict(about['labels'] or ())
+    labels = dict(about['labels'] or ())
   except (ValueError, TypeError, RecursionError) as error:  # a BadPicture is a ValueError
     raise UserError(f'its {LABELS} is damaged ({error}): copy it again or remove it.') from error
+  if others := [name for name, label in labels.items() if _class_number(label) is None]:
+    logging.warning(
+      '%s gives %r the label %.60r, which is not a whole number from 0: %d of its %d pictures '
+      'have no class.',
+      *(LABELS, others[0], labels[others[0]], len(others), len(labels)),
+    )
+  return labels
 
 
 def label_of(name: str, labels: dict[str, Any] | None) -> int | None:
@@ -132,8 +140,13 @@ def label_of(name: str, labels: dict[str, Any] | None) -> int | None:
   """
   if labels is None:
     return None
-  label = labels.get(name) if labels else 0
-  return label if isinstance(label, int) and label >= 0 else None
+  return _class_number(labels.get(name)) if labels else 0
+
+
+def _class_number(label: Any) -> int | None:
+  """A label as a class; None if it is not a whole number from 0, of whichever type."""
+  whole = isinstance(label, int) or (isinstance(label, float) and label.is_integer())
+  return int(label) if whole and label >= 0 else None
 
 
 def fault_of(name: str) -> str | None:

@@ -347,6 +347,11 @@ def test_colorization_and_super_resolution_keep_what_is_given_and_use_nothing_el
   np.testing.assert_allclose(x, sharpen(coarse), atol=1e-3)
 
 
+def test_colorization_of_one_channel_is_refused():
+  with pytest.raises(UserError, match='have one channel, whose mean is the image itself: pass'):
+    control.colorization(SDES[1], IMAGES[..., :1])
+
+
 @pytest.mark.parametrize('size', [2, 3, 4, 16])
 def test_constant_first_basis_is_orthonormal(size):
   basis = control.constant_first_basis(size)

@@ -235,6 +235,16 @@ REFUSED = {
   'latents': (lambda m: m.decode(grey_levels()), 'z is of type uint8'),
   'infinite latents': (lambda m: m.decode(floats() / 0.0), 'z has values that are NaN or inf'),
   'score': (lambda m: m.score_fn(floats(), 0.5), r't of shape \(\): pass x_t of shape \(B, 28'),
+  'score at 0': (
+    lambda m: m.score_fn(floats(), np.zeros(3)),
+    r'value 0, but .* in \(0, 1\]',
+  ),
+  'score at 500': (lambda m: m.score_fn(floats(), np.full(3, 500)), 't has the value 500, but'),
+  'score at nan': (lambda m: m.score_fn(floats(), np.array([1, 1, np.nan])), 'the value nan, but'),
+  'score of levels': (
+    lambda m: m.score_fn(grey_levels(), np.ones(3)),
+    'x_t is of type uint8',
+  ),
 }
 
 

@@ -209,7 +209,7 @@ def test_folder_around_all_of_a_zip_is_left_out_unless_it_is_a_split(tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['folder', 'zip', 'zip in a folder'])
-def test_labels_of_edm_and_stylegan_are_read(tmp_path, kind):
+def test_labels_of_edm_and_stylegan_are_read(tmp_path, kind, caplog):
   contents = {f'0000{i}/img{i}.png': encoded(i) for i in range(3)}
 
   def labels_of(about):
@@ -226,8 +226,11 @@ def test_labels_of_edm_and_stylegan_are_read(tmp_path, kind):
   labels = [['00000/img0.png', 6], ['00002/img2.png', 0], ['00001/img1.png', 3]]
   assert labels_of(json.dumps({'labels': labels})) == [6, 3, 0]
   assert labels_of(json.dumps({'labels': labels[:2]})) == [6, None, 0]
+  assert labels_of(json.dumps({'labels': [[name, float(i)] for name, i in labels]})) == [6, 3, 0]
   assert labels_of(json.dumps({'labels': None})) == [0, 0, 0]
+  assert not caplog.records
   assert labels_of(json.dumps({'labels': [['00000/img0.png', [0.5, 0.5]]]})) == [None] * 3
+  assert "'00000/img0.png' the label [0.5, 0.5], which is not a whole number" in caplog.text
   assert labels_of(json.dumps({'name': 'of another tool'})) == [None] * 3
   for damaged in ('{"labels": [', '{"labels": 3}', '[' * 100_000):
     with pytest.raises(UserError, match='its dataset.json is damaged .*: copy it again or remove'):
