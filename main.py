@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from configs.defaults import get_default_configs
-from runtime import completion, configuration, startup
+from runtime import completion, configuration, startup, stuck
 from runtime.errors import Exit, UserError
 
 if TYPE_CHECKING:
@@ -189,10 +189,11 @@ def main(argv: list[str]) -> None:
   """Runs the mode of the parsed flags; a `UserError` ends the program with its message."""
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}: all arguments are flags.')
+  peers = None
   for number in startup.ending_signals():
     signal.signal(number, _interrupt)
+  stuck.end_if_unheard(_interrupt, lambda number: _stop(number, peers))
   sys.unraisablehook = startup.unraisable
-  peers = None
   try:
     if _MODE.value == 'report':
       _write_report()
@@ -207,12 +208,9 @@ def main(argv: list[str]) -> None:
       print(_dry_run())
     else:
       _modes(_CONFIG.value, _WORKDIR.value)[_MODE.value]()
-  except KeyboardInterrupt as stop:
+  except KeyboardInterrupt as interrupt:
     _ignore_signals()
-    from runtime.preemption import to_resume
-
-    _say_last(f'Stopped by a signal; the files written before are intact. {to_resume()}')
-    _end(128 + (stop.args[0] if stop.args else signal.SIGINT), peers)
+    _stop(interrupt.args[0] if interrupt.args else signal.SIGINT, peers)
   except Exception as error:
     if flags.FLAGS.pdb_post_mortem:
       raise
@@ -245,7 +243,7 @@ def _dry_run() -> str:
 
 def _ignore_signals() -> None:
   """Lets no second signal interrupt the end of the program, which takes seconds at most."""
-  for number in (signal.SIGINT, *startup.ending_signals()):
+  for number in startup.ending_signals():
     signal.signal(number, signal.SIG_IGN)
 
 
@@ -316,6 +314,13 @@ def _explained(error: Exception) -> tuple[int, str]:
 
 def _first_line(error: Exception) -> str:
   return (str(error).splitlines() or ['no memory is left.'])[0]
+
+
+def _stop(number: int, peers: 'Peers | None') -> NoReturn:
+  from runtime.preemption import to_resume
+
+  _say_last(f'Stopped by a signal; the files written before are intact. {to_resume()}')
+  _end(128 + number, peers)
 
 
 def _end(status: int, peers: 'Peers | None') -> NoReturn:

@@ -32,7 +32,7 @@ class Preemption:
     self._signalled = False
     # Only the main thread may handle signals; a training elsewhere is stopped by its caller.
     in_main = threading.current_thread() is threading.main_thread()
-    numbers = [signal.SIGINT, *ending_signals()] if in_main else []
+    numbers = ending_signals() if in_main else []
     self._previous = {number: signal.signal(number, self._handle) for number in numbers}
     return self
 

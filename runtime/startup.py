@@ -42,10 +42,14 @@ def restart_with_settings() -> None:
 
 
 def ending_signals() -> list[int]:
-  """The signals, other than that of Ctrl-C, that ask this process to end."""
-  hangup = getattr(signal, 'SIGHUP', None)  # sent when a terminal closes; Windows has none
-  ignored = not hangup or signal.getsignal(hangup) == signal.SIG_IGN  # as under nohup
-  return [signal.SIGTERM] if ignored else [signal.SIGTERM, hangup]
+  """The signals that ask this process to end: SIGTERM, and unless they are ignored two others.
+
+  SIGINT, that of Ctrl-C, is ignored in the background of a script, and SIGHUP, sent when a terminal
+  closes, under nohup.
+  """
+  numbers = [getattr(signal, name, None) for name in ('SIGINT', 'SIGHUP')]  # Windows has no SIGHUP
+  heeded = [n for n in numbers if n is not None and signal.getsignal(n) != signal.SIG_IGN]
+  return [signal.SIGTERM, *heeded]
 
 
 def unraisable(dropped: Any) -> None:

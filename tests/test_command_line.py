@@ -250,6 +250,57 @@ def test_a_signal_ends_a_mode_with_the_command_that_resumes_it(trained):
   assert 'Traceback' not in output
 
 
+ENDLESS = """
+import jax
+import jax.numpy as jnp
+from samplers.base import Sampler, register_sampler
+from tests import tiny_config
+
+class Endless(Sampler):
+  n_steps = 1
+  def init(self, score_fn, condition, rng, shape, z):
+    jax.debug.callback(lambda: print('compiled', flush=True))
+    return (jax.lax.while_loop(lambda x: jnp.all(x < 2), lambda x: x * 0.9, jnp.zeros(shape)),)
+  def step(self, score_fn, condition, i, carry):
+    return carry
+  def result(self, score_fn, condition, carry):
+    return carry[0]
+
+register_sampler(name='endless')(lambda config, sde, eps: Endless())
+
+def get_config():
+  config = tiny_config.get_config()
+  config.sampling.method = 'endless'
+  return config
+"""
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_compiled_program_that_python_waits_for(trained, number, tmp_path):
+  (tmp_path / 'endless.py').write_text(ENDLESS)
+  # Where tests run in the background, SIGINT is ignored, which processes that they start inherit.
+  previous = signal.signal(number, signal.SIG_DFL)
+  process = subprocess.Popen(
+    command(trained, mode='sample', config=tmp_path / 'endless.py'),
+    cwd=ROOT,
+    env=environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  signal.signal(number, previous)
+  assert process.stdout.readline() == 'compiled\n'
+  start = time.monotonic()
+  process.send_signal(number)
+  try:
+    _, output = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  assert time.monotonic() - start < 15
+  assert process.returncode == 128 + number
+  assert output.splitlines()[-1].startswith('Stopped by a signal; the files written before are')
+
+
 DROPPING = """
 import os, signal, sys, time
 import main
