@@ -67,8 +67,9 @@ def open_atomic(path: pathlib.Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     sync: whether to wait until the file is on the disk, where the machine may fail, too.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}-')
+  prefix, temporary = f'.{path.name[-60:]}-', None  # names have at most 255 bytes
   try:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix)
     with os.fdopen(descriptor, 'wb') as file:
       yield file
       file.flush()
@@ -76,9 +77,12 @@ def open_atomic(path: pathlib.Path, *, sync: bool = True) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
     os.chmod(temporary, 0o644)
     os.replace(temporary, path)
-  except BaseException:
-    with contextlib.suppress(OSError):  # a signal may come when it has its name
-      os.unlink(temporary)
+  except BaseException as error:
+    if prefix in str(getattr(error, 'filename', None)):
+      error.filename = os.fspath(path)  # the name that the user knows
+    if temporary:
+      with contextlib.suppress(OSError):  # a signal may come when it has its name
+        os.unlink(temporary)
     raise
 
 

@@ -404,3 +404,12 @@ def test_a_signal_while_a_file_gets_its_name_is_not_lost(tmp_path, monkeypatch):
   with pytest.raises(KeyboardInterrupt):
     write_atomic(tmp_path / 'a', b'1')
   assert [path.name for path in tmp_path.iterdir()] == ['a']
+
+
+def test_a_file_of_a_long_name_is_written_or_named_if_it_cannot_be(tmp_path):
+  write_atomic(tmp_path / ('\u4e16' * 80), b'1')  # of three bytes each
+  path = tmp_path / ('x' * 256)
+  with pytest.raises(OSError, match='too long') as caught:
+    write_atomic(path, b'1')
+  assert caught.value.filename == str(path)
+  assert [len(file.name) for file in tmp_path.iterdir()] == [80]
