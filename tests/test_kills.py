@@ -1,6 +1,8 @@
 """The short form of the soak: `python -m faults.kills` has more kills, and all tasks."""
 
 import json
+import random
+import subprocess
 
 import pytest
 
@@ -42,3 +44,24 @@ def test_a_difference_of_one_bit_a_lost_file_and_an_orphan_are_found(tmp_path):
     'metrics.jsonl is changed',
     'report.json is lost',
   ]
+
+
+def test_an_undisturbed_run_with_a_slow_moment_does_not_put_off_the_kills_for_ever(tmp_path):
+  class Slept(kills.Soak):
+    def _start(self, name, folder):
+      return subprocess.Popen(
+        ['sleep', '0.3'], stdout=subprocess.PIPE, text=True, start_new_session=True
+      )
+
+    def undisturbed(self, name):
+      (tmp_path / 'undisturbed').mkdir()
+      self._seconds[name] = 1000.0
+      return tmp_path / 'undisturbed'
+
+    def _copy(self, name, folder):
+      folder.mkdir()
+
+  soak = Slept(tmp_path, random.Random(0))
+  soak.kill('train', 3)
+  assert not soak.problems
+  assert sum(entry['event'] != 'completed' for entry in soak.log) >= 3
