@@ -258,8 +258,9 @@ class Soak:
       start = time.monotonic()
       process = self._start(name, folder)
       try:
-        # Not while Python is still importing: nothing is at stake then.
-        process.wait(self._seconds[name] * self._rng.uniform(0.3, 1.1))
+        # Not while Python is still importing: nothing is at stake then. The longest time grows, in
+        # case the machine has become slower.
+        process.wait(self._seconds[name] * self._rng.uniform(0.3, 1.1 + 0.05 * kills))
       except subprocess.TimeoutExpired:
         process.send_signal(number)
       else:
