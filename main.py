@@ -190,9 +190,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}: all arguments are flags.')
   peers = None
-  for number in startup.ending_signals():
-    signal.signal(number, _interrupt)
-  stuck.end_if_unheard(_interrupt, lambda number: _stop(number, peers))
+  stuck.handle(startup.ending_signals(), _interrupt, lambda number: _stop(number, peers))
   sys.unraisablehook = startup.unraisable
   try:
     if _MODE.value == 'report':

@@ -7,38 +7,45 @@ compiled program, such as the solution of an ODE, for minutes.
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 _SECONDS_TO_HEAR = 5.0
 
 
-def end_if_unheard(handler: Callable[..., None], end: Callable[[int], None]) -> None:
-  """Calls `end` with the number of a signal that its handler has not heard for five seconds.
+def handle(
+  numbers: Iterable[int], handler: Callable[[int, Any], None], end: Callable[[int], None]
+) -> None:
+  """Sets the handler of signals, in place of which `end` is called if it does not run for a while.
 
-  Call it in the main thread, and once. The handler has heard when it is no longer that of the
-  signal: whoever catches what it raises sets another one, such as `signal.SIG_IGN`.
+  Call it once, in the main thread. While a signal has another handler, `end` is not called for it;
+  nor once a signal has been heard, for what follows, such as a debugger, takes its own time.
 
   Args:
-    handler: the handler of the signals to watch; those with another one are left alone.
-    end: ends the program; it is called in another thread.
+    numbers: the signals.
+    handler: (number of the signal, frame), as of `signal.signal`.
+    end: ends the program, given the number; it is called in another thread, after five seconds.
   """
-  if not hasattr(os, 'register_at_fork'):  # on Windows, which has no such signals
-    return
-  heard, sent = os.pipe()
-  os.set_blocking(sent, False)
-  signal.set_wakeup_fd(sent, warn_on_full_buffer=False)
-  # A child shares the pipe: its signals are not those of this process.
-  os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+  heard = threading.Event()
 
-  def end_if_still(number: int) -> None:
-    if signal.getsignal(number) is handler:
-      end(number)
+  def hear(number: int, frame: Any) -> None:
+    heard.set()
+    handler(number, frame)
+
+  for number in numbers:
+    signal.signal(number, hear)
+  if not hasattr(os, 'register_at_fork'):  # on Windows, where Ctrl-C is all that comes
+    return
+  sent, written = os.pipe()
+  os.set_blocking(written, False)
+  signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+  # A child shares the pipe, but its signals are not those of this process.
+  os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
   def watch() -> None:
     while True:
-      (number,) = os.read(heard, 1)
-      timer = threading.Timer(_SECONDS_TO_HEAR, end_if_still, [number])
-      timer.daemon = True
-      timer.start()
+      (number,) = os.read(sent, 1)
+      if signal.getsignal(number) is hear and not heard.wait(_SECONDS_TO_HEAR):
+        end(number)
 
   threading.Thread(target=watch, daemon=True).start()
