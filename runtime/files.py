@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import glob
 import os
 import pathlib
 import tempfile
@@ -42,15 +43,21 @@ def lock(file: IO, *, wait: bool = False) -> bool:
   Returns:
     False if another process has locked it, else True.
   """
-  if fcntl is None:
-    return True
   try:
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-  except BlockingIOError:
-    return False
+    return _flock(file.fileno(), wait=wait)
   except OSError as error:
     folder = os.path.dirname(file.name)
     logging.warning('%s cannot be locked (%s): let only one run use it.', folder, error.strerror)
+  return True
+
+
+def _flock(descriptor: int, *, wait: bool = False) -> bool:
+  if fcntl is None:
+    return True
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  except BlockingIOError:
+    return False
   return True
 
 
@@ -62,28 +69,56 @@ ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 def open_atomic(path: pathlib.Path, *, sync: bool = True) -> Iterator[BinaryIO]:
   """Opens a file for writing that is complete or absent, even if the process is killed meanwhile.
 
+  Partial files of the same name, of processes that were killed, are removed first.
+
   Args:
     path: the file, whose folder is created if absent.
     sync: whether to wait until the file is on the disk, where the machine may fail, too.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   prefix, temporary = f'.{path.name[-60:]}-', None  # names have at most 255 bytes
+  _remove_partial(path.parent, prefix)
+  with contextlib.ExitStack() as until_named:
+    try:
+      descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix)
+      until_named.enter_context(_locked(descriptor))
+      with os.fdopen(descriptor, 'wb') as file:
+        yield file
+        file.flush()
+        if sync:
+          os.fsync(file.fileno())
+      os.chmod(temporary, 0o644)
+      os.replace(temporary, path)
+    except BaseException as error:
+      if prefix in str(getattr(error, 'filename', None)):
+        error.filename = os.fspath(path)  # the name that the user knows
+      if temporary:
+        with contextlib.suppress(OSError):  # a signal may come when it has its name
+          os.unlink(temporary)
+      raise
+
+
+@contextlib.contextmanager
+def _locked(descriptor: int) -> Iterator[None]:
+  """Locks an open file, also after it is closed, so that it is seen to be in use."""
+  if fcntl is None:
+    yield
+    return
+  other = os.dup(descriptor)
   try:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix)
-    with os.fdopen(descriptor, 'wb') as file:
-      yield file
-      file.flush()
-      if sync:
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except BaseException as error:
-    if prefix in str(getattr(error, 'filename', None)):
-      error.filename = os.fspath(path)  # the name that the user knows
-    if temporary:
-      with contextlib.suppress(OSError):  # a signal may come when it has its name
-        os.unlink(temporary)
-    raise
+    with contextlib.suppress(OSError):  # without locks, nobody removes it
+      _flock(other)
+    yield
+  finally:
+    os.close(other)
+
+
+def _remove_partial(folder: pathlib.Path, prefix: str) -> None:
+  for path in folder.glob(f'{glob.escape(prefix)}????????') if fcntl else ():
+    with contextlib.suppress(OSError), path.open('r+b') as file:
+      temporary = os.fstat(file.fileno()).st_mode & 0o777 == 0o600  # as `mkstemp` makes them
+      if temporary and _flock(file.fileno()):
+        path.unlink()
 
 
 def write_atomic(path: pathlib.Path, data: bytes) -> None:

@@ -413,3 +413,38 @@ def test_a_file_of_a_long_name_is_written_or_named_if_it_cannot_be(tmp_path):
     write_atomic(path, b'1')
   assert caught.value.filename == str(path)
   assert [len(file.name) for file in tmp_path.iterdir()] == [80]
+
+
+KILLED = """
+import os, pathlib, sys
+from runtime.files import open_atomic
+with open_atomic(pathlib.Path(sys.argv[1])) as file:
+  print('open', flush=True)
+  sys.stdin.read()
+"""
+
+
+def test_a_file_replaces_what_killed_writers_left_of_it_and_not_what_others_write(tmp_path):
+  def writer():
+    process = subprocess.Popen(
+      [sys.executable, '-c', KILLED, tmp_path / 'report[1].html'],
+      cwd=ROOT,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    assert process.stdout.readline() == 'open\n'
+    return process
+
+  of_somebody = tmp_path / '.report[1].html-original'
+  of_somebody.write_text('kept')
+  killed = writer()
+  killed.kill()
+  killed.wait()
+  (partial,) = set(tmp_path.iterdir()) - {of_somebody}
+  living = writer()
+  assert not partial.exists()
+  write_atomic(tmp_path / 'report[1].html', b'1')
+  living.communicate('')
+  assert living.returncode == 0
+  assert {path.name for path in tmp_path.iterdir()} == {'report[1].html', of_somebody.name}
