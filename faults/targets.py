@@ -117,15 +117,10 @@ def _warm_up(name: str, folder: pathlib.Path) -> None:
 
 
 def _check_file(target: Target, path: pathlib.Path) -> list[str]:
-  refusals, size = [], path.stat().st_size
-  before, start = _memory(reset=True), time.process_time()
-  try:
-    target.read(path)
-  except (UserError, BadPicture) as error:
-    refusals.append(str(error))
-  except Exception as error:
-    raise Finding(f'{type(error).__name__}: {error}') from error
-  seconds, used = time.process_time() - start, _memory() - before
+  size = path.stat().st_size
+  refusals, seconds, used = _read(target, path)
+  if seconds > SECONDS:  # on a machine that paused, another time is shorter
+    seconds = min(_read(target, path)[1] for _ in range(2))
   if any('\n' in sentence for sentence in refusals):
     raise Finding(f'more than one line: {refusals}')
   if seconds > SECONDS:
@@ -133,6 +128,19 @@ def _check_file(target: Target, path: pathlib.Path) -> list[str]:
   if used > BYTES + target.picture + target.factor * size:
     raise Finding(f'{used:,} bytes of memory for a file of {size:,}')
   return refusals
+
+
+def _read(target: Target, path: pathlib.Path) -> tuple[list[str], float, int]:
+  """Reads a file; returns the sentence of a refusal, the seconds and the bytes of memory."""
+  refusals = []
+  before, start = _memory(reset=True), time.process_time()
+  try:
+    target.read(path)
+  except (UserError, BadPicture) as error:
+    refusals.append(str(error))
+  except Exception as error:
+    raise Finding(f'{type(error).__name__}: {error}') from error
+  return refusals, time.process_time() - start, _memory() - before
 
 
 def _memory(reset: bool = False) -> int:

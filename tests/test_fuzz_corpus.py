@@ -1,5 +1,6 @@
 """Files that a fuzzer found or that were made by hand: each is read or refused by the rules."""
 
+import contextlib
 import io
 import json
 import mmap
@@ -7,6 +8,7 @@ import os
 import pathlib
 import struct
 import tarfile
+import time
 import zipfile
 
 import pytest
@@ -177,3 +179,19 @@ def test_recorded_paths_are_not_opened_when_a_run_is(watched):
 
 def test_published_names_are_plain():
   assert all(pathlib.PurePath(name).name == name for name in published.FILES)
+
+
+@pytest.mark.parametrize(('slow', 'found'), [((1, 0, 1), False), ((1, 1, 1), True)])
+def test_a_file_is_too_slow_only_if_it_is_each_time(slow, found, tmp_path, monkeypatch):
+  monkeypatch.setattr(targets, 'SECONDS', 0.3)
+  turns = iter(slow)
+
+  def read(path):
+    end = time.process_time() + 0.5 * next(turns)
+    while time.process_time() < end:
+      pass
+
+  (tmp_path / 'file').touch()
+  finding = pytest.raises(targets.Finding, match=' s$') if found else contextlib.nullcontext()
+  with finding:
+    targets._check_file(targets.Target(read, 'file'), tmp_path / 'file')
