@@ -78,10 +78,9 @@ def open_atomic(path: pathlib.Path, *, sync: bool = True) -> Iterator[BinaryIO]:
   path.parent.mkdir(parents=True, exist_ok=True)
   prefix, temporary = f'.{path.name[-60:]}-', None  # names have at most 255 bytes
   _remove_partial(path.parent, prefix)
-  with contextlib.ExitStack() as until_named:
-    try:
-      descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix)
-      until_named.enter_context(_locked(descriptor))
+  try:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix)
+    with _locked(descriptor):
       with os.fdopen(descriptor, 'wb') as file:
         yield file
         file.flush()
@@ -89,13 +88,13 @@ def open_atomic(path: pathlib.Path, *, sync: bool = True) -> Iterator[BinaryIO]:
           os.fsync(file.fileno())
       os.chmod(temporary, 0o644)
       os.replace(temporary, path)
-    except BaseException as error:
-      if prefix in str(getattr(error, 'filename', None)):
-        error.filename = os.fspath(path)  # the name that the user knows
-      if temporary:
-        with contextlib.suppress(OSError):  # a signal may come when it has its name
-          os.unlink(temporary)
-      raise
+  except BaseException as error:
+    if prefix in str(getattr(error, 'filename', None)):
+      error.filename = os.fspath(path)  # the name that the user knows
+    if temporary:
+      with contextlib.suppress(OSError):  # a signal may come when it has its name
+        os.unlink(temporary)
+    raise
 
 
 @contextlib.contextmanager

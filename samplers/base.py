@@ -149,6 +149,19 @@ def check_last_time(eps: float, end: float) -> None:
     )
 
 
+def check_floats(x: Any, what: str) -> None:
+  """Checks that an array can be in the range of the network; `what` begins the sentence if not.
+
+  Raises:
+    UserError: if it is of whole numbers, such as grey levels.
+  """
+  if not jnp.issubdtype(dtype := jnp.result_type(x), jnp.floating):
+    raise UserError(
+      f'{what} of type {dtype}: pass floats in the range of the network, such as '
+      f'scaler(images / 255).'
+    )
+
+
 class Sampler(abc.ABC):
   """A sampling algorithm in steps, between which a long run can show x_t and can be stopped.
 

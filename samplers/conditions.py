@@ -32,7 +32,7 @@ from jaxtyping import Float, Integer, Shaped
 
 from runtime.array_types import Array, Batch, Images, Labels, PerExample, RandomKey, Scalar
 from runtime.errors import UserError
-from samplers.base import Condition, UpdateFn
+from samplers.base import Condition, UpdateFn, check_floats
 from sde_lib import SDE, ScoreFn, batch_mul
 
 Transform = Callable[[Batch], Array]
@@ -116,14 +116,6 @@ class Imputation(Condition):
     return self._fill(x, self.known) if self.exact else x
 
 
-def _check_range(images: _Given) -> None:
-  if not jnp.issubdtype(images.dtype, jnp.floating):
-    raise UserError(
-      f'The known images are of type {images.dtype}: pass floats in the range of the network, such '
-      f'as scaler(images / 255).'
-    )
-
-
 def inpainting(sde: SDE, images: _Given, mask: Array) -> Imputation:
   """The condition that the pixels of `images` where `mask` is nonzero are known.
 
@@ -135,7 +127,7 @@ def inpainting(sde: SDE, images: _Given, mask: Array) -> Imputation:
   Raises:
     UserError: if the images are whole numbers, such as grey levels.
   """
-  _check_range(images)
+  check_floats(images, 'The known images are')
   return Imputation(sde, images, jnp.broadcast_to(mask, images.shape))
 
 
@@ -210,7 +202,7 @@ def colorization(sde: SDE, gray: _Given) -> Imputation:
   Raises:
     UserError: if the images are whole numbers, such as grey levels, or have one channel.
   """
-  _check_range(gray)
+  check_floats(gray, 'The known images are')
   if gray.shape[-1] == 1:
     raise UserError(
       f'Images of shape {gray.shape} have one channel, whose mean is the image itself: pass images '
@@ -232,7 +224,7 @@ def super_resolution(sde: SDE, images: _Given, factor: int) -> Imputation:
     UserError: if `factor` is below 2 or does not divide the height and the width, or the images
       are whole numbers, such as grey levels.
   """
-  _check_range(images)
+  check_floats(images, 'The known images are')
   _, height, width, _ = images.shape
   if factor < 2 or height % factor or width % factor:
     raise UserError(

@@ -24,7 +24,7 @@ from runtime.array_types import GreyLevels, Images, PerExample
 from runtime.errors import UserError
 from runtime.rng import check_seed, stream
 from runtime.settings import read_keys
-from samplers.base import Callback
+from samplers.base import Callback, check_floats
 from score_sde.arguments import (
   as_floats,
   check_continuous,
@@ -241,11 +241,7 @@ class TrainedModel:
         f'x_t is of shape {shape} and t of shape {times}: pass x_t of shape (B, '
         f'{", ".join(map(str, self.image_shape))}) and t of shape (B,).'
       )
-    if not jnp.issubdtype(dtype := jnp.result_type(x_t), jnp.floating):
-      raise UserError(
-        f'x_t is of type {dtype}: pass floats in the range of the network, such as '
-        f'scaler(images / 255).'
-      )
+    check_floats(x_t, 'x_t is')
     if not isinstance(t, jax.core.Tracer):
       check_times(t, self.sde.T)
     return self._score(self.state.params_ema, self.state.model_state, x_t, t)

@@ -34,11 +34,11 @@ class ArrayStore(Store):
     self._images, *labels = arrays.values()
     shape, dtype = self._images.shape, self._images.dtype
     channels = shape[3] if len(shape) == 4 else 1
+    floats = ', for floats in [0, 1] 255 times their values, rounded' if dtype.kind == 'f' else ''
     if dtype != np.uint8 or len(shape) not in (3, 4) or channels not in (1, 2, 3, 4):
       raise UserError(
         f'its images have type {dtype} and shape {shape}: give uint8 (N, H, W, C) with 1 or 3 '
-        f'channels, and alpha as one more'
-        + (', for floats in [0, 1] 255 times their values, rounded.' * (dtype.kind == 'f') or '.')
+        f'channels, and alpha as one more{floats}.'
       )
     self._labels = labels[0] if labels else None
     if labels and (labels[0].shape != shape[:1] or labels[0].dtype.kind not in 'iu'):

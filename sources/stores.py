@@ -128,7 +128,11 @@ def read_labels(store: Store) -> dict[str, Any] | None:
     logging.warning(
       '%s gives %r the label %.60r, which is not a whole number from 0: %d of its %d pictures '
       'have no class.',
-      *(LABELS, others[0], labels[others[0]], len(others), len(labels)),
+      LABELS,
+      others[0],
+      labels[others[0]],
+      len(others),
+      len(labels),
     )
   return labels
 

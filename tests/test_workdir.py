@@ -49,17 +49,18 @@ def content(folder):
   return {path: path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
 
 
-def holder_of(folder):
-  """Another process that is at work in a folder."""
+def holder_of(path, imported='runtime.workdir import at_work', call='at_work(path, "--workdir")'):
+  """Another process that is at work in a folder, or holds what another call gives."""
   code = (
     'import pathlib, sys\n'
-    'from runtime.workdir import at_work\n'
-    'with at_work(pathlib.Path(sys.argv[1]), "--workdir"):\n'
+    f'from {imported}\n'
+    'path = pathlib.Path(sys.argv[1])\n'
+    f'with {call}:\n'
     '  print("held", flush=True)\n'
     '  sys.stdin.read()\n'
   )
   process = subprocess.Popen(
-    [sys.executable, '-c', code, str(folder)],
+    [sys.executable, '-c', code, str(path)],
     cwd=ROOT,
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
@@ -415,26 +416,10 @@ def test_a_file_of_a_long_name_is_written_or_named_if_it_cannot_be(tmp_path):
   assert [len(file.name) for file in tmp_path.iterdir()] == [80]
 
 
-KILLED = """
-import os, pathlib, sys
-from runtime.files import open_atomic
-with open_atomic(pathlib.Path(sys.argv[1])) as file:
-  print('open', flush=True)
-  sys.stdin.read()
-"""
-
-
 def test_a_file_replaces_what_killed_writers_left_of_it_and_not_what_others_write(tmp_path):
   def writer():
-    process = subprocess.Popen(
-      [sys.executable, '-c', KILLED, tmp_path / 'report[1].html'],
-      cwd=ROOT,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    assert process.stdout.readline() == 'open\n'
-    return process
+    report = tmp_path / 'report[1].html'
+    return holder_of(report, 'runtime.files import open_atomic', 'open_atomic(path)')
 
   of_somebody = tmp_path / '.report[1].html-original'
   of_somebody.write_text('kept')
